@@ -1,0 +1,1 @@
+"""Shards -> samples -> batches.  Imports nothing of ours."""

@@ -1,0 +1,1 @@
+"""Tensors in, tensors out.  Imports `data.batch` and nothing else of ours."""

@@ -1,0 +1,1 @@
+"""Batches -> named losses -> steps.  Imports `data.batch` and `model`."""
