@@ -80,14 +80,17 @@ class ImageTextBatch:
     pad_id: int
     step: int  # optimizer step, from 0; with micro_step and row_B it keys every random draw of the losses
     micro_step: int = 0
-    step_target_tokens: int = 0  # caption tokens to predict in the whole step, over all ranks and micro-batches
     num_micro_steps: int = 1
+    step_target_tokens: int = 0  # caption tokens to predict in the whole step, over all ranks and micro-batches
+    own_target_tokens: int | None = None  # of this micro-batch; counted before it leaves the host, to spare a sync
 
     def __len__(self) -> int:
         return len(self.text_ids_BL)
 
     @property
     def num_target_tokens(self) -> int:
+        if self.own_target_tokens is not None:
+            return self.own_target_tokens
         return int(self.text_mask_BL[:, 1:].sum())
 
     @property
@@ -104,6 +107,7 @@ class ImageTextBatch:
             text_ids_BL=F.pad(self.text_ids_BL, (0, missing), value=self.pad_id),
             text_mask_BL=F.pad(self.text_mask_BL, (0, missing), value=False),
             step_target_tokens=step_target_tokens,
+            own_target_tokens=self.num_target_tokens,
         )
 
     def pin_memory(self) -> Self:
