@@ -61,7 +61,7 @@ run() {
   local code=0 every=10
   [ ! -t 1 ] || every=1
   "$@" 2>&1 | tee -a "$log" | awk -v every="$every" -v tty="$every" '
-    /^Collecting |^Requirement already/ { n++; if (n % every == 0) printf(tty == 1 ? "\r         %d packages looked at" : "         %d packages looked at\n", n); fflush() }
+    /^(Collecting|Processing) |^Requirement already/ { n++; if (n % every == 0) printf(tty == 1 ? "\r         %d packages looked at" : "         %d packages looked at\n", n); fflush() }
     /^ *Downloading .*[0-9.]+ GB/ { print "         " $0; fflush() }
     END { if (n && tty == 1) print "" }' || code=$?
   if [ "$code" != 0 ]; then
