@@ -143,5 +143,6 @@ class StepBatches:
 
 
 # The statistics a stage reports beside its losses: name -> (sum, count), both 0-dim tensors.  Sums and counts add up
-# over micro-batches and ranks; their quotient is what the log shows ("itc/zh": ITC of the Chinese rows).
+# over micro-batches and ranks; their quotient is what the log shows ("itc/zh": ITC of the Chinese rows).  A name that
+# begins with `num_` is a total (its count is 0): the log shows the sum.
 Report = Mapping[str, tuple[Tensor, Tensor]]

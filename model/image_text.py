@@ -111,7 +111,9 @@ class ImageTextModel(nn.Module):
     ) -> None:
         super().__init__()
         if vision.width != qformer.image_width:
-            raise ValueError(f"the encoder is {vision.width} wide, the Q-Former looks at images {qformer.image_width} wide")
+            raise ValueError(
+                f"the encoder is {vision.width} wide, the Q-Former looks at images {qformer.image_width} wide"
+            )
         self.vision, self.qformer, self.embed_dim = vision, qformer, embed_dim
         self.ln_vision = nn.LayerNorm(vision.width, eps=vision.ln_eps)
         self.vision_proj = nn.Linear(qformer.hidden_size, embed_dim)
@@ -162,8 +164,10 @@ class ImageTextModel(nn.Module):
     # ------------------------------------------------------------------------------------------------------ talking
 
     @torch.no_grad()
-    def generate(self, image: ImageFeatures, bos_id_B: Tensor, *, eos_id: int, pad_id: int, max_new_tokens: int) -> Tensor:
-        """Greedy captions.  -> ids_BL: no generation token; `eos_id`, where it came, is kept and followed by `pad_id`."""
+    def generate(
+        self, image: ImageFeatures, bos_id_B: Tensor, *, eos_id: int, pad_id: int, max_new_tokens: int
+    ) -> Tensor:
+        """Greedy captions.  -> ids_BL: no generation token; `eos_id`, where it came, is kept and `pad_id` follows."""
         ids_BL = bos_id_B[:, None]
         running_B = torch.ones_like(bos_id_B, dtype=torch.bool)
         for _ in range(max_new_tokens):

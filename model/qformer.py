@@ -1,7 +1,7 @@
 """The Q-Former of BLIP-2 (arXiv:2301.12597, section 3.1): learned queries that read an image and talk with its text.
 
-A post-norm BERT whose self-attention is shared by queries and text, whose feed-forward is not, and whose queries look at
-the image in every second layer.  Four named passes: `see` (queries and image), `read` (text alone), `match` (queries,
+A post-norm BERT whose self-attention is shared by queries and text, whose feed-forward is not, and whose queries look
+at the image in every second layer.  Four named passes: `see` (queries and image), `read` (text alone), `match` (queries,
 image and text together) and `caption` (text after queries).  The arithmetic is LAVIS's (`blip2_models/Qformer.py`);
 what differs changes no number: fused attention, and an image's cross-attention keys and values are projected once by
 `look` and handed to every pass (LAVIS projects them four times a step).
@@ -92,7 +92,7 @@ class SelfAttention(nn.Module):
 
 
 class ImageProjection(nn.Module):
-    """Image features -> the keys and values of one cross-attention, in a module of its own so that it runs once an image."""
+    """Image features -> keys and values of one cross-attention; a module of its own, so that it runs once an image."""
 
     def __init__(self, image_width: int, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -149,7 +149,13 @@ class Layer(nn.Module):
     """Self-attention over all tokens; then the queries look and think, the text thinks."""
 
     def __init__(
-        self, hidden_size: int, num_heads: int, intermediate_size: int, image_width: int | None, dropout: float, eps: float
+        self,
+        hidden_size: int,
+        num_heads: int,
+        intermediate_size: int,
+        image_width: int | None,
+        dropout: float,
+        eps: float,
     ) -> None:
         super().__init__()
         self.self_attention = SelfAttention(hidden_size, num_heads, dropout, eps)
@@ -193,20 +199,21 @@ class TextEmbedding(nn.Module):
         length = text_ids_PL.shape[1]
         if length > self.position.num_embeddings:
             raise ValueError(
-                f"a text of {length} tokens does not fit the {self.position.num_embeddings} positions of this Q-Former: "
+                f"a text of {length} tokens does not fit the Q-Former's {self.position.num_embeddings} positions: "
                 "lower data.loader.max_text_tokens or raise model.qformer.max_positions"
             )
         return self.word(text_ids_PL) + self.position(torch.arange(length, device=text_ids_PL.device))
 
 
 class QueryTokens(nn.Module):
-    """The learned queries: (B,) -> (B, Q, H).  A module of its own, so that ZeRO-3 gathers them when they are asked for."""
+    """The learned queries, in a module of their own, so that ZeRO-3 gathers them when they are asked for."""
 
     def __init__(self, num_query_tokens: int, hidden_size: int) -> None:
         super().__init__()
         self.tokens = nn.Parameter(torch.empty(1, num_query_tokens, hidden_size))
 
     def forward(self, num_rows: int) -> Tensor:
+        """-> query_PQH, the same for each of `num_rows` pairs"""
         return self.tokens.expand(num_rows, -1, -1)
 
 

@@ -34,7 +34,9 @@ def query_text_similarity(query_XQE: Tensor, text_YE: Tensor) -> Tensor:
     return all_pairs.view(num_images, num_queries, len(text_YE)).amax(dim=1)
 
 
-def image_text_contrastive(sim_BN: Tensor, own_column_B: Tensor, barred_BN: Tensor, *, label_smoothing: float) -> Tensor:
+def image_text_contrastive(
+    sim_BN: Tensor, own_column_B: Tensor, barred_BN: Tensor, *, label_smoothing: float
+) -> Tensor:
     """ITC, one direction: H(target, softmax(sim)) for each row.  -> (B,)
 
     `barred` columns are duplicates of a row's own pair: neither right nor wrong, they leave the denominator, and the
@@ -121,8 +123,8 @@ def compare(
     itc_gather: Literal["full", "anchor"],
     mask_duplicates: bool,
 ) -> Contrast:
-    """What ITC and ITM share.  `full` lets the gradient through the gather, so that a global batch trains the same model
-    on any number of ranks; `anchor` is LAVIS, whose gathered features are constants."""
+    """What ITC and ITM share.  `full` lets the gradient through the gather, so that a global batch trains the same
+    model on any number of ranks; `anchor` is LAVIS, whose gathered features are constants."""
     gather = {"full": ranks.gather, "anchor": ranks.gather_constant}[itc_gather]
     query_NQE, text_NE = gather(seen.image.query_BQE), gather(seen.text_BE)
     temperature = model.temperature()
@@ -157,10 +159,8 @@ class ImageTextContrastive:
             for sim_BN in (contrast.sim_i2t_BN, contrast.sim_t2i_BN)
         )
         row_B = (i2t_B + t2i_B) / 2
-        ones_B = torch.ones_like(row_B)
-        has_duplicate_B = contrast.duplicate_BN.any(dim=1)
-        report = {"duplicate_share": (has_duplicate_B.float().sum(), ones_B.sum())}
-        return LossValue(row_B.mean(), row_B, ones_B, report)
+        report = {"num_with_duplicate": total(contrast.duplicate_BN.any(dim=1))}
+        return LossValue(row_B.mean(), row_B, torch.ones_like(row_B), report)
 
 
 @dataclass(frozen=True)
@@ -202,10 +202,7 @@ class ImageTextMatching:
         count_B = 3.0 * kept_B
         value = ranks.count * sum_B.sum() / (3 * contrast.num_with_negatives).clamp(min=1)
         right = right_3B.sum(dim=0).masked_fill(~kept_B, 0).sum()
-        report = {
-            "itm_accuracy": (right, count_B.sum()),
-            "without_negative_share": ((~kept_B).float().sum(), torch.ones_like(sum_B).sum()),
-        }
+        report = {"itm_accuracy": (right.float(), count_B.sum()), "num_without_negative": total(~kept_B)}
         return LossValue(value, sum_B, count_B, report)
 
 
@@ -288,9 +285,7 @@ class StageOneLoss:
         weights: dict[str, float] = {}
         if self.itc is not None or self.itm is not None:
             gather = "full" if self.itc is None else self.itc.gather
-            contrast = compare(
-                model, batch, seen, ranks, itc_gather=gather, mask_duplicates=self.mask_duplicates
-            )
+            contrast = compare(model, batch, seen, ranks, itc_gather=gather, mask_duplicates=self.mask_duplicates)
         if self.itc is not None:
             values["itc"], weights["itc"] = self.itc(contrast), self.itc.weight
         if self.itm is not None:
@@ -303,14 +298,19 @@ class StageOneLoss:
 
 
 def report_by_language(values: Mapping[str, LossValue], batch: ImageTextBatch) -> dict[str, tuple[Tensor, Tensor]]:
-    """Sums and counts that add up over ranks and micro-batches: `itc`, `itc/zh`, ..., `samples/zh`, ..."""
+    """Sums and counts that add up over ranks and micro-batches: `itc/zh`, ..., `num_samples/zh`, ..."""
     report: dict[str, tuple[Tensor, Tensor]] = {}
     for index, language in enumerate(batch.languages):
         is_language_B = batch.language_B == index
         for name, loss in values.items():
             mean = (loss.sum_B.detach() * is_language_B).sum(), (loss.count_B * is_language_B).sum()
             report[f"{name}/{language}"] = mean
-        report[f"samples/{language}"] = (is_language_B.float().sum(), torch.ones((), device=is_language_B.device))
+        report[f"num_samples/{language}"] = total(is_language_B)
     for loss in values.values():
-        report.update({name: (total.detach().float(), count) for name, (total, count) in loss.report.items()})
+        report.update(loss.report)
     return report
+
+
+def total(is_one_B: Tensor) -> tuple[Tensor, Tensor]:
+    """A report entry that is a number of rows, not a mean."""
+    return is_one_B.sum().float(), torch.zeros((), device=is_one_B.device)
