@@ -9,7 +9,6 @@ hash alone: held-out compositions never occur in training, whatever the seed and
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import math
@@ -18,7 +17,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image, ImageDraw
 
@@ -47,7 +46,8 @@ SHAPES = {
     "heart": ("heart", "爱心"),
     "moon": ("moon", "月牙"),
 }
-SIZES = {"small": ("small", "小", 0.092), "large": ("large", "大", 0.15)}  # ..., radius as a share of the picture's side
+# name: (English, Chinese, radius as a share of the picture's side)
+SIZES = {"small": ("small", "小", 0.092), "large": ("large", "大", 0.15)}
 BACKGROUNDS = ((206, 220, 232), (222, 214, 200), (204, 224, 206), (228, 208, 216), (214, 214, 222))
 
 # arrangement -> where its objects' centres are, in shares of the side
@@ -156,7 +156,7 @@ class Scene:
 def is_right(caption: str, scene: Scene, language: str) -> bool:
     """Whether `caption` is one of the phrasings of `scene`, apart from case, punctuation and white space.
 
-    A tokenizer's decoder puts spaces where it likes (between all Chinese characters, before commas), so they do not count.
+    A tokenizer's decoder puts spaces where it likes (between Chinese characters, before commas), so they do not count.
     """
     return _bare(caption) in {_bare(right) for right in scene.captions(language)}
 
@@ -168,8 +168,8 @@ class SceneSource:
     the composition: two pictures of one composition have the same captions, so neither is a negative of the other.
 
     num_scenes  pictures, and therefore samples of each language
-    kinds       how often one, two or three objects are drawn, relative to each other
-    distinct    no composition twice (what a pool to retrieve from needs)
+    objects     how often a scene has one, two, three objects, relative to each other
+    distinct    no composition twice, what a pool to retrieve from needs (default: on for held-out scenes)
     """
 
     def __init__(
@@ -180,7 +180,7 @@ class SceneSource:
         split: Split = "training",
         seed: int = 0,
         image_size: int = 64,
-        kinds: Mapping[int, float] | None = None,
+        objects: Sequence[float] = (1, 4, 1),
         languages: Sequence[str] = LANGUAGES,
         distinct: bool | None = None,
     ) -> None:
@@ -195,9 +195,12 @@ class SceneSource:
         self.split: Split = split
         self.seed = seed
         self.image_size = image_size
-        self.kinds = {int(n): float(weight) for n, weight in (kinds or {1: 1, 2: 4, 3: 1}).items()}
-        if not set(self.kinds) <= set(_OF_COUNT) or min(self.kinds.values()) < 0 or not sum(self.kinds.values()) > 0:
-            raise ValueError(f"source {name!r}: kinds weighs scenes of 1, 2 and 3 objects, got {dict(self.kinds)}")
+        self.objects = tuple(float(weight) for weight in objects)
+        if len(self.objects) != len(_OF_COUNT) or min(self.objects) < 0 or sum(self.objects) == 0:
+            raise ValueError(
+                f"source {name!r}: objects weighs scenes of one, two and three objects against each other and takes "
+                f"three numbers from 0 up, got {list(self.objects)}"
+            )
         self._num_scenes = num_scenes
         self._distinct = self._draw_distinct() if (split == "held_out" if distinct is None else distinct) else None
 
@@ -207,19 +210,27 @@ class SceneSource:
     def read(self, language: str, index: int) -> RawSample:
         scene = self.scene(index)
         return RawSample(
-            image=self.picture_bytes(index),
-            captions=scene.captions(language),
+            image=self.picture(index),
+            captions=tuple(scene.captions(language)),
             key=f"{self.split}-{self.seed}-{index:07d}",
             shard=self.name,
             image_id=scene.name,
         )
 
-    @property
-    def fingerprint(self) -> str:
+    def fingerprint(self) -> Mapping[str, Any]:
         """Equal for sources that hold the same samples."""
-        say = [self.split, self.seed, self.image_size, sorted(self.kinds.items()), self._num_scenes, self.languages]
-        say += [self._distinct is not None, SHAPES, COLOURS, SIZES, BACKGROUNDS, ARRANGEMENTS, PHRASINGS]
-        return hashlib.sha256(json.dumps(say, ensure_ascii=False).encode()).hexdigest()
+        rules = [SHAPES, COLOURS, SIZES, BACKGROUNDS, ARRANGEMENTS, PHRASINGS, HELD_OUT_SHARE]
+        return {
+            "kind": "scenes",
+            "split": self.split,
+            "seed": self.seed,
+            "num_scenes": self._num_scenes,
+            "image_size": self.image_size,
+            "objects": list(self.objects),
+            "languages": list(self.languages),
+            "distinct": self._distinct is not None,
+            "rules": hashlib.sha256(json.dumps(rules, ensure_ascii=False).encode()).hexdigest()[:16],
+        }
 
     def scene(self, index: int) -> Scene:
         """The composition of sample `index`; random access, O(1)."""
@@ -231,11 +242,6 @@ class SceneSource:
 
     def picture(self, index: int) -> Image.Image:
         return draw(self.scene(index), self._random("picture", index), self.image_size)
-
-    def picture_bytes(self, index: int) -> bytes:
-        with io.BytesIO() as file:
-            self.picture(index).save(file, format="PNG")
-            return file.getvalue()
 
     def write_pairs(self, folder: str | Path) -> Path:
         """Pictures and PAIRS.jsonl as `scripts/pack_shards.py` reads them; returns the path of the JSONL.
@@ -249,7 +255,7 @@ class SceneSource:
             for index in range(self._num_scenes):
                 scene, random_ = self.scene(index), self._random("phrasing", index)
                 relative = f"pictures/{index:07d}.png"
-                (folder / relative).write_bytes(self.picture_bytes(index))
+                self.picture(index).save(folder / relative)
                 pair = {"image": relative, **{lang: random_.choice(scene.captions(lang)) for lang in self.languages}}
                 file.write(json.dumps({**pair, "image_id": scene.name}, ensure_ascii=False) + "\n")
         return path
@@ -258,9 +264,8 @@ class SceneSource:
         return random.Random(_hash(f"{what}/{self.split}/{self.seed}/{index}"))
 
     def _draw_scene(self, random_: random.Random) -> Scene:
-        counts = sorted(self.kinds)
         while True:
-            (count,) = random_.choices(counts, [self.kinds[n] for n in counts])
+            (count,) = random_.choices(list(_OF_COUNT), self.objects)
             things = tuple(
                 Thing(random_.choice(list(SHAPES)), random_.choice(list(COLOURS)), random_.choice(list(SIZES)))
                 for _ in range(count)
