@@ -1,0 +1,101 @@
+"""Encoded image -> RGB picture, as little of it as is needed, refusing what is broken or far too large."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from data.source import BadSample
+
+# Below Pillow's own limit of 89 megapixels, above which it warns and then refuses.
+MAX_PIXELS = 80_000_000
+_ORIENTATION = 0x0112
+_TURN = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_image(image: bytes | Image.Image | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Opens a picture and looks at its header only; nothing is decompressed yet.
+
+    Raises BadSample "unreadable image" or "too many pixels".
+    """
+    if isinstance(image, np.ndarray):
+        return Image.fromarray(image)
+    if isinstance(image, bytes):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                image = Image.open(io.BytesIO(image))
+        except Image.DecompressionBombError as error:
+            raise BadSample("too many pixels", detail=str(error)) from error
+        except UnidentifiedImageError as error:
+            raise BadSample("unreadable image", detail="no format that Pillow knows") from error
+        except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, KeyError ... on damaged headers
+            raise BadSample("unreadable image", detail=f"{type(error).__name__}: {error}") from error
+    if image.width * image.height > max_pixels:
+        raise BadSample("too many pixels", detail=f"{image.width} x {image.height}, the limit is {max_pixels}")
+    return image
+
+
+def resize(
+    image: Image.Image,
+    size: tuple[int, int],
+    box: tuple[float, float, float, float] | None = None,
+    *,
+    draft: bool = False,
+) -> Image.Image:
+    """Decodes and resizes the part `box` (left, upper, right, lower; pixels as stored) to `size` (width, height), RGB.
+
+    Bicubic with antialiasing, upright by the EXIF orientation.  With `draft`, JPEG is decoded at the smallest of its
+    scales 1/8, 1/4, 1/2, 1 that still has a pixel for every pixel of the result: several times faster, and not exactly
+    the same numbers.  Raises BadSample "truncated image" or "unreadable image".
+    """
+    width, height = image.size
+    left, upper, right, lower = box or (0.0, 0.0, float(width), float(height))
+    try:
+        turn = _TURN.get(image.getexif().get(_ORIENTATION, 1))
+        if draft:
+            # what the whole picture measures when the box has the size asked for
+            wanted = (int(np.ceil(size[0] * width / (right - left))), int(np.ceil(size[1] * height / (lower - upper))))
+            image.draft("RGB", wanted)
+        image.load()
+    except Exception as error:
+        # Pillow has no exception of its own for a stream that ends early, and many kinds for one that is damaged
+        reason = "truncated image" if "truncated" in str(error) or "Truncated" in str(error) else "unreadable image"
+        raise BadSample(reason, detail=f"{type(error).__name__}: {error}") from error
+    across, down = image.width / width, image.height / height
+    picture = to_rgb(image).resize(
+        size, Image.Resampling.BICUBIC, box=(left * across, upper * down, right * across, lower * down)
+    )
+    return picture if turn is None else picture.transpose(turn)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode -> RGB: transparency on white, 16-bit grey to its upper byte, CMYK and palettes converted."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image)
+        # "F" holds 0..1 or 0..255 by custom; whole numbers of 16 bits keep their upper byte (Pillow would clip them)
+        scaled = grey / 257.0 if grey.dtype.kind in "iu" else grey * (255.0 if grey.max(initial=0.0) <= 1.0 else 1.0)
+        return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8)).convert("RGB")
+    if "transparency" in image.info or image.mode in {"RGBA", "LA", "PA", "RGBa", "La"}:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The whole picture in RGB, turned as its EXIF orientation says; for showing it, not for training."""
+    return to_rgb(ImageOps.exif_transpose(image))

@@ -1,0 +1,287 @@
+"""The offset index of a shard: where in the tar each sample's image, text and JSON lie, and which languages it has.
+
+webdataset reads tars front to back; a run whose order is arithmetic needs sample i alone.  So every shard is scanned
+once, headers only (and the JSON members where a language stands in them; never an image), and the result is kept in a
+small .npz beside it.  Members may come in any order: img2dataset writes them as downloads complete.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import tarfile
+import zipfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from data.shard_list import cache_home, locked
+
+VERSION = 1
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
+PARTS = {"image": IMAGE_EXTENSIONS, "text": frozenset({"txt"}), "json": frozenset({"json"})}
+PART_OF = {extension: part for part, extensions in PARTS.items() for extension in extensions}
+# Offsets are -1 where the member is missing.
+SAMPLE = np.dtype([(f"{part}_{what}", "<i8") for part in PARTS for what in ("at", "bytes")])
+_LANGUAGE_NAMES = {"chinese": "zh", "cn": "zh", "zho": "zh", "chi": "zh", "cmn": "zh", "english": "en", "eng": "en"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a sample's language stands; exactly one of the three.
+
+    language: all samples of the source are in it.
+    language_field: a column of the parquet beside the shard, else a field of the JSON members.
+    caption_fields: language -> field of the JSON members that holds its caption or list of captions.
+    """
+
+    language: str | None = None
+    language_field: str | None = None
+    caption_fields: Mapping[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("language", "language_field", "caption_fields") if getattr(self, name)]
+        if len(given) != 1:
+            raise ValueError(
+                f"a shard source needs exactly one of language, language_field, caption_fields; got {given or 'none'}"
+            )
+
+    @property
+    def signature(self) -> str:
+        text = json.dumps(
+            [VERSION, self.language, self.language_field, dict(self.caption_fields or {})], sort_keys=True
+        )
+        return blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """One shard's samples in the order of their first member; keys are UTF-8 bytes joined without a gap."""
+
+    samples: np.ndarray  # SAMPLE
+    keys: np.ndarray  # uint8
+    key_end: np.ndarray  # int64: key i is keys[key_end[i - 1] : key_end[i]]
+    rows: dict[str, np.ndarray]  # language -> int32, the samples that have it
+    left_out: dict[str, int]  # reason -> how many could not even be indexed
+
+
+def normal_language(value: object) -> str:
+    """'zh-CN', 'ZH_cn', 'chinese' -> 'zh'; '' for nothing."""
+    name = str(value if value is not None else "").strip().lower().replace("_", "-").split("-")[0]
+    return "" if name in {"nan", "none", "null"} else _LANGUAGE_NAMES.get(name, name)
+
+
+def load_indexes(shards: Sequence[Path], layout: Layout, *, name: str, workers: int | None = None) -> list[ShardIndex]:
+    """The index of every shard, from its file where that is fresh, else by scanning, several shards at a time.
+
+    Raises ValueError naming every shard that could not be read.
+    """
+    indexes: dict[int, ShardIndex] = {}
+    missing = []
+    for i, shard in enumerate(shards):
+        index = _load(_index_file(shard, layout), _stamp(shard))
+        if index is None:
+            missing.append(i)
+        else:
+            indexes[i] = index
+    workers = min(workers or os.cpu_count() or 1, 32, len(missing))
+    failed = []
+    with tqdm(total=len(missing), desc=f"indexing {name}", unit="shard", disable=None if missing else True) as bar:
+        for i, result in zip(missing, _scan_all([shards[i] for i in missing], layout, workers), strict=True):
+            bar.update()
+            if isinstance(result, str):
+                failed.append(result)
+            else:
+                indexes[i] = result
+    if failed:
+        more = f"\n  and {len(failed) - 10} more" if len(failed) > 10 else ""
+        raise ValueError(f"{len(failed)} of {len(shards)} shards cannot be read:\n  " + "\n  ".join(failed[:10]) + more)
+    return [indexes[i] for i in range(len(shards))]
+
+
+def _scan_all(shards: Sequence[Path], layout: Layout, workers: int) -> Iterator[ShardIndex | str]:
+    jobs = [(shard, layout) for shard in shards]
+    if workers <= 1:
+        yield from map(_scan_or_say, jobs)
+        return
+    # fork: nothing is inherited that a scan touches, and callers need no __main__ guard
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_scan_or_say, jobs)
+
+
+def _scan_or_say(job: tuple[Path, Layout]) -> ShardIndex | str:
+    shard, layout = job
+    try:
+        return _scan_once(shard, layout)
+    except (ValueError, OSError) as error:
+        return str(error)
+
+
+def _scan_once(shard: Path, layout: Layout) -> ShardIndex:
+    """Scans and saves, unless another process of this machine has done so meanwhile."""
+    file, stamp = _index_file(shard, layout), _stamp(shard)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with locked(file):
+        index = _load(file, stamp)
+        if index is None:
+            index = scan_shard(shard, layout)
+            _save(index, file, stamp)
+    return index
+
+
+# ------- the index's own file
+
+
+def _stamp(shard: Path) -> list[int]:
+    """Size and time of the tar and of the parquet beside it: an index of other files is not used."""
+    stamp = []
+    for path in (shard, shard.with_suffix(".parquet")):
+        if path.exists():
+            stat = path.stat()
+            stamp += [stat.st_size, stat.st_mtime_ns]
+    return stamp
+
+
+def _index_file(shard: Path, layout: Layout) -> Path:
+    if os.access(shard.parent, os.W_OK):
+        return shard.with_name(f"{shard.stem}.{layout.signature}.index.npz")
+    place = blake2b(str(shard.resolve()).encode(), digest_size=8).hexdigest()
+    return cache_home() / "index" / f"{shard.stem}.{place}.{layout.signature}.index.npz"
+
+
+def _save(index: ShardIndex, file: Path, stamp: list[int]) -> None:
+    meta = json.dumps({"stamp": stamp, "languages": list(index.rows), "left_out": index.left_out})
+    arrays: dict[str, Any] = {f"rows_{i}": rows for i, rows in enumerate(index.rows.values())}
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    with open(part, "wb") as out:
+        np.savez(out, meta=np.array(meta), samples=index.samples, keys=index.keys, key_end=index.key_end, **arrays)
+    os.replace(part, file)
+
+
+def _load(file: Path, stamp: list[int]) -> ShardIndex | None:
+    """None where there is no index or it is of other files (or was damaged): it will be made anew."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            meta = json.loads(str(arrays["meta"]))
+            if meta["stamp"] != stamp:
+                return None
+            rows = {language: arrays[f"rows_{i}"] for i, language in enumerate(meta["languages"])}
+            return ShardIndex(arrays["samples"], arrays["keys"], arrays["key_end"], rows, meta["left_out"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+# ------- scanning
+
+
+def scan_shard(shard: Path, layout: Layout) -> ShardIndex:
+    """Reads every header of the tar.  Raises ValueError where it is no uncompressed tar."""
+    places, left_out = _places(shard)
+    keys = list(places)
+    samples = np.array([tuple(place) for place in places.values()], SAMPLE)
+    rows = _rows_by_language(shard, layout, keys, samples, left_out)
+    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
+    return ShardIndex(
+        samples=samples,
+        keys=np.frombuffer(b"".join(encoded), np.uint8),
+        key_end=np.cumsum([len(key) for key in encoded], dtype=np.int64),
+        rows=rows,
+        left_out=dict(left_out),
+    )
+
+
+def _places(shard: Path) -> tuple[dict[str, list[int]], Counter[str]]:
+    """key -> offsets and sizes in the order of SAMPLE."""
+    columns = {part: 2 * i for i, part in enumerate(PARTS)}
+    places: dict[str, list[int]] = {}
+    left_out: Counter[str] = Counter()
+    if shard.stat().st_size == 0:
+        raise ValueError(f"{shard}: the file is empty; expected a tar")
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+                folder, _, base = member.name.rpartition("/")
+                stem, _, extension = base.partition(".")  # webdataset's rule: the key ends at the first dot
+                part = PART_OF.get(extension.lower())
+                if part is None or not member.isreg() or not stem:
+                    continue
+                place = places.setdefault(f"{folder}/{stem}" if folder else stem, [-1, 0, -1, 0, -1, 0])
+                column = columns[part]
+                if place[column] >= 0:
+                    left_out["duplicate key"] += 1  # the first one stays, as its neighbours are its own
+                else:
+                    place[column : column + 2] = [member.offset_data, member.size]
+    except tarfile.TarError as error:
+        raise ValueError(f"{shard}: not an uncompressed tar ({error}); a .tar.gz has to be unpacked to .tar") from error
+    return places, left_out
+
+
+def _rows_by_language(
+    shard: Path, layout: Layout, keys: list[str], samples: np.ndarray, left_out: Counter[str]
+) -> dict[str, np.ndarray]:
+    if layout.language:
+        return {layout.language: np.arange(len(keys), dtype=np.int32)}
+    rows: dict[str, list[int]] = {}
+    for i, languages in enumerate(_languages(shard, layout, keys, samples)):
+        if not languages:
+            left_out["no language"] += 1
+        for language in languages:
+            rows.setdefault(language, []).append(i)
+    return {language: np.array(found, np.int32) for language, found in sorted(rows.items())}
+
+
+def _languages(shard: Path, layout: Layout, keys: list[str], samples: np.ndarray) -> list[list[str]]:
+    """The languages of each sample, without touching an image.
+
+    A sample whose JSON is missing or broken counts for every language of `caption_fields`: reading it will say what is
+    wrong, and the share of such samples is what `max_skip_rate` watches.
+    """
+    if layout.language_field:
+        column = _parquet_column(shard.with_suffix(".parquet"), layout.language_field)
+        if column is not None:
+            return [[name] if (name := normal_language(column.get(key))) else [] for key in keys]
+    found: list[list[str]] = []
+    with open(shard, "rb") as tar:
+        for at, size in zip(samples["json_at"].tolist(), samples["json_bytes"].tolist(), strict=True):
+            record = read_json(os.pread(tar.fileno(), size, at)) if at >= 0 else None
+            if layout.language_field:
+                name = normal_language(record.get(layout.language_field)) if record else ""
+                found.append([name] if name else [])
+            else:
+                fields = layout.caption_fields or {}
+                found.append([name for name, field in fields.items() if record is None or record.get(field)])
+    return found
+
+
+def read_json(raw: bytes) -> dict[str, Any] | None:
+    """None for what is not a JSON object in UTF-8."""
+    try:
+        record = json.loads(raw)
+    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _parquet_column(parquet: Path, column: str) -> dict[str, Any] | None:
+    """key -> value from img2dataset's table of a shard; None where there is no such table or column."""
+    if not parquet.exists():
+        return None
+    import pyarrow.parquet as pq
+
+    try:
+        names = pq.read_schema(parquet).names
+        if "key" not in names or column not in names:
+            return None
+        table = pq.read_table(parquet, columns=["key", column])
+    except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
+        raise ValueError(f"{parquet}: not a parquet file ({error})") from error
+    return dict(zip(map(str, table["key"].to_pylist()), table[column].to_pylist(), strict=True))
