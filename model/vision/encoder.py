@@ -55,6 +55,7 @@ class ImageEncoder(nn.Module):
         self.image_size = image_size
         self.frozen = frozen
         self.ln_eps = ln_eps
+        self.loaded_from: str | None = None  # the folder whose weights it was built with, for the table of weights
         self._auto_dtype = dtype == "auto" and frozen
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             # not persistent: they come with the config, and a checkpoint of weights has no business changing them
@@ -207,6 +208,7 @@ def vision_from_folder(
     folder: str,
     *,
     image_size: int | None = None,
+    num_layers: int | None = None,
     load: bool = True,
     frozen: bool = True,
     dtype: str = "auto",
@@ -217,7 +219,8 @@ def vision_from_folder(
 ) -> ImageEncoder:
     """Any vision encoder that transformers knows (CLIP, Chinese-CLIP, SigLIP, ViT, DINOv2, ...), from a local folder in
     its format: `config.json`, safetensors (read here, unless `load` is false), and `preprocessor_config.json` for mean
-    and deviation where they are not given.  Code in the folder is never run.
+    and deviation where they are not given.  Code in the folder is never run.  `num_layers` keeps the first blocks only
+    (BLIP-2 leaves out the last of CLIP's).
 
     Raises:
         ValueError: no such folder, no vision encoder in it, missing weights, or a size the network cannot read.
@@ -243,6 +246,10 @@ def vision_from_folder(
     ):
         if hasattr(config, name):
             setattr(config, name, 0.0)
+    if num_layers is not None:
+        if not 0 < num_layers <= getattr(config, "num_hidden_layers", num_layers):
+            raise ValueError(f"num_layers is {num_layers}, {path} has {config.num_hidden_layers} blocks")
+        config.num_hidden_layers = num_layers
     network = _load(path, config) if load else _auto_model().from_config(config, attn_implementation="sdpa")
     mean, std = _pixel_statistics(path, pixel_mean, pixel_std)
     size = image_size or getattr(config, "image_size", None)
@@ -250,7 +257,7 @@ def vision_from_folder(
         size = size[0]
     if not size:
         raise ValueError(f"{path}/config.json names no image_size: give model.vision.image_size")
-    return ImageEncoder(
+    encoder = ImageEncoder(
         network,
         image_size=int(size),
         frozen=frozen,
@@ -260,6 +267,8 @@ def vision_from_folder(
         pixel_std=std,
         compile_blocks=compile_blocks,
     )
+    encoder.loaded_from = str(path) if load else None
+    return encoder
 
 
 def _auto_model() -> Any:

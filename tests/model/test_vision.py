@@ -164,3 +164,13 @@ def test_another_size_interpolates_positions_as_transformers_does(tmp_path) -> N
     expected = network(pixels, interpolate_pos_encoding=True).last_hidden_state
     features = vision_from_folder(str(tmp_path), image_size=48)(pixels)
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+
+
+def test_the_first_blocks_alone(tmp_path) -> None:  # noqa: ANN001
+    network = saved(tmp_path, "clip")
+    pixels = torch.randn(1, 3, 32, 32)
+    expected = network(pixels, output_hidden_states=True).hidden_states[1]
+    encoder = vision_from_folder(str(tmp_path), num_layers=1)
+    torch.testing.assert_close(encoder(pixels), expected, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="3.*2 blocks"):
+        vision_from_folder(str(tmp_path), num_layers=3)
