@@ -51,7 +51,7 @@ class ShardSource:
         caption_fields: Mapping[str, str] | None = None,
         keyword_fields: Mapping[str, str] | None = None,
         max_keywords: int = 0,
-        image_id_fields: Sequence[str] = ("sha256", "image_id", "url"),
+        image_id_fields: Sequence[str] = ("image_id", "sha256", "url"),
         cache_dir: str | None = None,
         index_workers: int | None = None,
         name: str = "shards",
