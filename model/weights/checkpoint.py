@@ -1,0 +1,130 @@
+"""Other people's checkpoint files behind one face: names, shapes, and tensors one at a time.
+
+Nothing here runs code that a file brings: safetensors, or `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_INDEXED = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`shapes` says what is there; `read(name)` fetches one tensor, from disk only then."""
+
+    path: str
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+    def first_of(self, names: tuple[str, ...]) -> str | None:
+        """The first of several names for the same thing that the checkpoint has."""
+        return next((name for name in names if name in self.shapes), None)
+
+    def without_prefix(self, *prefixes: str) -> Checkpoint:
+        """The same tensors with the first of `prefixes` that begins a name taken off it."""
+        original = {}
+        for name in self.shapes:
+            prefix = next((p for p in prefixes if name.startswith(p)), "")
+            original[name[len(prefix) :]] = name
+        shapes = {short: self.shapes[name] for short, name in original.items()}
+        return Checkpoint(self.path, shapes, lambda short: self.read(original[short]))
+
+    def with_prefix(self, prefix: str) -> Checkpoint:
+        shapes = {prefix + name: shape for name, shape in self.shapes.items()}
+        return Checkpoint(self.path, shapes, lambda name: self.read(name.removeprefix(prefix)))
+
+
+def from_tensors(tensors: Mapping[str, Tensor], path: str = "tensors in memory") -> Checkpoint:
+    return Checkpoint(path, {name: tuple(t.shape) for name, t in tensors.items()}, lambda name: tensors[name])
+
+
+def open_file(path: Path) -> Checkpoint:
+    """A `.safetensors` file, or a `.pth`, `.pt`, `.bin` file of torch.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else than tensors.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no checkpoint at {path}")
+    return _open_safetensors(path) if path.suffix == ".safetensors" else _open_torch(path)
+
+
+def open_folder(path: Path) -> Checkpoint:
+    """A folder as transformers writes it: one file or shards with an index; safetensors before torch's.
+
+    Raises:
+        ValueError: there are no weights in it, or a shard is missing.
+    """
+    for single, index in _INDEXED:
+        if (path / single).is_file():
+            return open_file(path / single)
+        if (path / index).is_file():
+            return _open_shards(path, index)
+    expected = ", ".join(name for pair in _INDEXED for name in pair)
+    raise ValueError(f"{path} holds no weights (looked for {expected})")
+
+
+def _open_shards(path: Path, index: str) -> Checkpoint:
+    weight_map: dict[str, str] = json.loads((path / index).read_text("utf-8"))["weight_map"]
+    absent = sorted({file for file in weight_map.values() if not (path / file).is_file()})
+    if absent:
+        raise ValueError(
+            f"{path} is incomplete: {', '.join(absent)} of {index} is missing; "
+            f"run `python scripts/fetch_weights.py` again, it resumes"
+        )
+    shards = {file: open_file(path / file) for file in set(weight_map.values())}
+    shapes = {name: shards[file].shapes[name] for name, file in weight_map.items()}
+    return Checkpoint(str(path), shapes, lambda name: shards[weight_map[name]].read(name))
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """`config.json` of a transformers folder."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path} is no checkpoint folder of transformers: it has no config.json")
+    config: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    return config
+
+
+def _open_safetensors(path: Path) -> Checkpoint:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        file = safe_open(path, framework="pt")
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no readable safetensors file, perhaps cut short ({error})") from error
+    return Checkpoint(str(path), shapes, file.get_tensor)
+
+
+def _open_torch(path: Path) -> Checkpoint:
+    mapped = zipfile.is_zipfile(path)  # tensors are paged in one by one; files older than torch 1.6 cannot be
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, which could be a program, or is damaged; only weights are read"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no readable torch file, perhaps cut short ({error})") from error
+    for key in ("model", "state_dict"):
+        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
+            loaded = loaded[key]
+    tensors = {name: t for name, t in loaded.items() if isinstance(t, Tensor)} if isinstance(loaded, dict) else {}
+    if not tensors:
+        raise ValueError(f"{path} holds no named tensors")
+    return from_tensors(tensors, str(path))

@@ -1,0 +1,83 @@
+"""What the formats share: transformers and LAVIS both keep BERT's names inside a Q-Former layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from model.weights.checkpoint import Checkpoint
+from model.weights.filling import LoadReport, Part
+
+# Blocks: what comes together in a checkpoint or not at all
+ENCODER, QUERIES, TEXT, LANGUAGE_HEAD = "image encoder", "Q-Former (queries)", "Q-Former (text)", "language head"
+
+
+def linear(to: str, of: str, block: str) -> Iterator[Part]:
+    """Weight and bias of a linear map or a norm; BERT's oldest files call those of a norm gamma and beta."""
+    for mine, old in (("weight", "gamma"), ("bias", "beta")):
+        sources = (f"{of}.{mine}", f"{of}.{old}") if of.endswith("LayerNorm") else (f"{of}.{mine}",)
+        yield Part(f"{to}.{mine}", sources, block)
+
+
+def output(to: str, of: str, block: str) -> Iterator[Part]:
+    """The dense map and the norm after an attention or a feed-forward."""
+    yield from linear(f"{to}.dense", f"{of}.dense", block)
+    yield from linear(f"{to}.norm", f"{of}.LayerNorm", block)
+
+
+def attention(to: str, of: str, block: str, *, inner: str = "self", image: str = "") -> Iterator[Part]:
+    """`inner` is what holds query, key and value there, `image` what holds key and value here."""
+    for mine, theirs in (("query", "query"), (f"{image}key", "key"), (f"{image}value", "value")):
+        yield from linear(f"{to}.{mine}", f"{of}.{inner}.{theirs}", block)
+    yield from output(f"{to}.output", f"{of}.output", block)
+
+
+def feed_forward(to: str, of: str, block: str, *, suffix: str = "") -> Iterator[Part]:
+    yield from linear(f"{to}.dense", f"{of}intermediate{suffix}.dense", block)
+    yield from output(f"{to}.output", f"{of}output{suffix}", block)
+
+
+def qformer_layer(to: str, of: str, *, inner: str) -> Iterator[Part]:
+    yield from attention(f"{to}self_attention", f"{of}attention", QUERIES, inner=inner)
+    yield from attention(f"{to}cross_attention", f"{of}crossattention", QUERIES, inner=inner, image="image.")
+    yield from feed_forward(f"{to}query_feed_forward", of, QUERIES, suffix="_query")
+    yield from feed_forward(f"{to}text_feed_forward", of, TEXT)
+
+
+def encoder_layers(model: nn.Module) -> Any:
+    """The blocks of a `Blip2VisionModel` in the model, or nothing where its encoder is another one."""
+    network = getattr(getattr(model, "vision", None), "network", None)
+    return getattr(getattr(network, "encoder", None), "layers", ()) if _is_blip2(network) else ()
+
+
+def qformer_layers(model: nn.Module) -> Any:
+    return getattr(getattr(model, "qformer", None), "layers", ())
+
+
+def check_depth(checkpoint: Checkpoint, prefix: str, num_layers: int, what: str, *, spare: int = 0) -> int:
+    """-> the checkpoint's layers.  More than `spare` too many are refused: they would be left out without a word."""
+    start = len(prefix)
+    theirs = len({name[start:].split(".")[0] for name in checkpoint.shapes if name.startswith(prefix)})
+    if num_layers and theirs > num_layers + spare:
+        raise ValueError(f"{checkpoint.path} has {theirs} layers in its {what}, the model has {num_layers}")
+    return theirs
+
+
+def set_ln_vision_eps(model: nn.Module, eps: float, report: LoadReport) -> None:
+    norm = model.get_submodule("ln_vision")
+    assert isinstance(norm, nn.LayerNorm)
+    if norm.eps != eps:
+        report.notes.append(f"ln_vision now has the eps of its weights: {eps:g}, not {norm.eps:g}")
+        norm.eps = eps
+
+
+def check_equal(path: str, found: Any, ours: Any, there: str, here: str) -> None:
+    """Numbers that no shape shows, such as the count of heads."""
+    if found is not None and found != ours:
+        raise ValueError(f"{path} has {there} {found}, the model has {here} {ours}: they must be equal")
+
+
+def _is_blip2(network: Any) -> bool:
+    return getattr(getattr(network, "config", None), "model_type", "") == "blip_2_vision_model"
