@@ -203,26 +203,44 @@ def _places(shard: Path) -> tuple[dict[str, list[int]], Counter[str]]:
     columns = {part: 2 * i for i, part in enumerate(PARTS)}
     places: dict[str, list[int]] = {}
     left_out: Counter[str] = Counter()
+    for name, at, size in _members(shard, left_out):
+        folder, _, base = name.rpartition("/")
+        stem, _, extension = base.partition(".")  # webdataset's rule: the key ends at the first dot
+        part = PART_OF.get(extension.lower())
+        if part is None or not stem:
+            continue
+        place = places.setdefault(f"{folder}/{stem}" if folder else stem, [-1, 0, -1, 0, -1, 0])
+        column = columns[part]
+        if place[column] >= 0:
+            left_out["duplicate key"] += 1  # the first one stays, as its neighbours are its own
+        else:
+            place[column : column + 2] = [at, size]
+    return places, left_out
+
+
+def _members(shard: Path, left_out: Counter[str]) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of every file in the tar.
+
+    A tar that was cut short gives what it still has: whatever reaches past its end is found when it is read.
+    """
     if shard.stat().st_size == 0:
         raise ValueError(f"{shard}: the file is empty; expected a tar")
     try:
-        with tarfile.open(shard, "r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-                folder, _, base = member.name.rpartition("/")
-                stem, _, extension = base.partition(".")  # webdataset's rule: the key ends at the first dot
-                part = PART_OF.get(extension.lower())
-                if part is None or not member.isreg() or not stem:
-                    continue
-                place = places.setdefault(f"{folder}/{stem}" if folder else stem, [-1, 0, -1, 0, -1, 0])
-                column = columns[part]
-                if place[column] >= 0:
-                    left_out["duplicate key"] += 1  # the first one stays, as its neighbours are its own
-                else:
-                    place[column : column + 2] = [member.offset_data, member.size]
+        tar = tarfile.open(shard, "r:")
     except tarfile.TarError as error:
         raise ValueError(f"{shard}: not an uncompressed tar ({error}); a .tar.gz has to be unpacked to .tar") from error
-    return places, left_out
+    with tar:
+        try:
+            while (member := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
+                if member.isreg():
+                    yield member.name, member.offset_data, member.size
+        except tarfile.TarError:
+            left_out["shard cut short"] += 1
+            return
+        tar.fileobj.seek(tar.offset)
+        if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
+            left_out["rest of a shard after a broken header"] += 1  # tarfile takes it for the end and says nothing
 
 
 def _rows_by_language(

@@ -87,7 +87,9 @@ class ShardSource:
         counts = {language: len(rows) for language, rows in self._rows.items()}
         if not sum(counts.values()):
             raise ValueError(f"{self.name}: no usable sample in {len(indexes)} shards ({self._why_empty()})")
-        log.info("%s: %d shards, samples per language %s, left out %s", self.name, len(indexes), counts, self.left_out)
+        log.info("%s: %d shards, samples per language %s", self.name, len(indexes), counts)
+        if left_out:
+            log.warning("%s: left out of the index: %s", self.name, self.left_out)
 
     def _why_empty(self) -> str:
         looked = {
