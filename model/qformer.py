@@ -1,7 +1,7 @@
 """The Q-Former of BLIP-2 (arXiv:2301.12597, section 3.1): learned queries that read an image and talk with its text.
 
 A post-norm BERT whose self-attention is shared by queries and text, whose feed-forward is not, and whose queries look
-at the image in every second layer.  Four named passes: `see` (queries and image), `read` (text alone), `match` (queries,
+at the image in every second layer.  Four named passes: `see` (queries, image), `read` (text alone), `match` (queries,
 image and text together) and `caption` (text after queries).  The arithmetic is LAVIS's (`blip2_models/Qformer.py`);
 what differs changes no number: fused attention, and an image's cross-attention keys and values are projected once by
 `look` and handed to every pass (LAVIS projects them four times a step).

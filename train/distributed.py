@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor_autograd
+from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd, wait_tensor
 
 T = TypeVar("T")
 
@@ -71,10 +71,7 @@ class Ranks:
         """As `gather`, without gradient, own rows included (LAVIS's `concat_all_gather`)."""
         if self.count == 1:
             return x_B.detach()
-        x_B = x_B.detach().contiguous()
-        x_NB = x_B.new_empty((self.count * len(x_B), *x_B.shape[1:]))
-        dist.all_gather_into_tensor(x_NB, x_B, group=self._device_group)
-        return x_NB
+        return wait_tensor(all_gather_tensor(x_B.detach().contiguous(), gather_dim=0, group=self._device_group))
 
     def own_rows(self, num_rows: int, device: torch.device) -> Tensor:
         """Rows of the gathered batch that this rank's came from: rank * B + (0 .. B-1)."""

@@ -60,11 +60,11 @@ def draw_hard_negative(sim_BN: Tensor, not_negative_BN: Tensor, uniform_B: Tenso
     weight_BN = sim_BN.detach().double().masked_fill(not_negative_BN, -torch.inf).softmax(dim=1)
     weight_BN = (weight_BN + floor).masked_fill(not_negative_BN, 0.0)
     cumulative_BN = weight_BN.cumsum(dim=1)
-    threshold_B1 = uniform_B[:, None] * cumulative_BN[:, -1:]
-    # right: the first column whose cumulative weight exceeds the threshold, which has a weight of its own
-    index_B = torch.searchsorted(cumulative_BN, threshold_B1, right=True).squeeze(1)
-    none_B = not_negative_BN.all(dim=1)
-    return index_B.masked_fill(none_B, 0).clamp(max=sim_BN.shape[1] - 1)
+    total_B1 = cumulative_BN[:, -1:]
+    below_B1 = total_B1.nextafter(torch.zeros_like(total_B1))  # rounding may have brought the product up to the total
+    # right: the first column whose cumulative weight exceeds the threshold, so it has a weight of its own
+    index_B = torch.searchsorted(cumulative_BN, torch.minimum(uniform_B[:, None] * total_B1, below_B1), right=True)
+    return index_B.squeeze(1).masked_fill(not_negative_BN.all(dim=1), 0)
 
 
 def image_text_matching(match_logits_P2: Tensor, is_match_P: Tensor) -> Tensor:

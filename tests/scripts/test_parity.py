@@ -1,0 +1,48 @@
+"""`scripts/parity.py` on the reference's folders: losses within 1e-5, tensors and gradients within 1e-4."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+TENSORS = ("image_embeds", "query_output", "sim_i2t", "sim_t2i", "itm_logits")
+
+
+def run_parity(folder: Path, repo_root: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "scripts/parity.py", "stage-one", str(folder)]
+    return subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.parametrize("name", ["stage_one_1rank", "stage_one_2ranks"])
+def test_stage_one_equals_lavis(name: str, shared_dir: Path, repo_root: Path) -> None:
+    folder = shared_dir / "parity" / name
+    done = run_parity(folder, repo_root)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["ranks"]
+    assert len(found) == json.loads((folder / "config.json").read_text())["world_size"]
+    for rank, result in enumerate(found):
+        expected = load_file(folder / f"rank{rank}.safetensors")
+        for loss in ("loss_itc", "loss_itm", "loss_itg"):
+            assert result[loss] == pytest.approx(expected[f"expected.{loss}"].item(), abs=1e-5)
+        assert max(result[tensor] for tensor in TENSORS) < 1e-4
+        assert result["grad"].keys() == {key[14:] for key in expected if key.startswith("expected.grad.")}
+        assert max(result["grad"].values()) < 1e-4
+
+
+def test_a_changed_weight_shows(shared_dir: Path, repo_root: Path, tmp_path: Path) -> None:
+    folder = shared_dir / "parity" / "stage_one_1rank"
+    weights = load_file(folder / "weights.safetensors")
+    weights["Qformer.bert.encoder.layer.1.attention.self.key.weight"] += 0.01
+    save_file(weights, tmp_path / "weights.safetensors")
+    for name in ("config.json", "rank0.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    found = json.loads(run_parity(tmp_path, repo_root).stdout)["ranks"][0]
+    assert found["image_embeds"] < 1e-4 < found["query_output"]
+    (tmp_path / "rank0.safetensors").unlink()
+    refused = run_parity(tmp_path, repo_root)
+    assert refused.returncode != 0 and "rank [0] has no rank<r>.safetensors" in refused.stderr
