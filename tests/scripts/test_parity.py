@@ -37,7 +37,7 @@ def test_stage_one_equals_lavis(name: str, shared_dir: Path, repo_root: Path) ->
 def test_a_changed_weight_shows(shared_dir: Path, repo_root: Path, tmp_path: Path) -> None:
     folder = shared_dir / "parity" / "stage_one_1rank"
     weights = load_file(folder / "weights.safetensors")
-    weights["Qformer.bert.encoder.layer.1.attention.self.key.weight"] += 0.01
+    weights["Qformer.bert.encoder.layer.1.attention.self.value.weight"] *= 1.1
     save_file(weights, tmp_path / "weights.safetensors")
     for name in ("config.json", "rank0.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
