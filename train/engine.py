@@ -10,6 +10,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -74,7 +75,7 @@ class Engine:
             # 0.19.8 clips before it unscales and moves the loss scale once per parameter group.
             raise ValueError("train.precision=fp16 works with train.engine.zero_stage=0 only; with ZeRO use bf16")
         self.zero_stage, self.accumulate, self.device = zero_stage, accumulate, device
-        self.clip_grad_norm = clip_grad_norm
+        self.clip_grad_norm, self.precision = clip_grad_norm, precision
         self.groups = list(groups)
         self._named = [(name, p) for group in groups for name, p in zip(group.names, group.parameters, strict=True)]
         self._micro_steps = 0
@@ -98,7 +99,7 @@ class Engine:
         )
         self._fused = device.type == "cuda" or offload
         self._engine, *_ = library.initialize(model=stage, optimizer=optimizer, config=config)
-        self._utils = library.utils
+        self._library, self._utils = library, library.utils
         self._start_partitioned_state(step=0.0)
 
     def __call__(self, batch: Any) -> Any:
@@ -250,15 +251,16 @@ class Engine:
         if scaler is not None and state:
             scaler.load_state_dict(dict(state))
 
-    def full_parameters(self) -> Any:
-        """A context in which every parameter is whole on every rank, for evaluators; free except under ZeRO-3."""
-        from contextlib import nullcontext
-
-        if self.zero_stage < 3:
-            return nullcontext()
-        import deepspeed
-
-        return deepspeed.zero.GatheredParameters(list(self.module.parameters()), modifier_rank=None)
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The training's autocast, and every parameter whole on every rank (which costs something under ZeRO-3 only)."""
+        with ExitStack() as stack:
+            if self.precision != "fp32":
+                stack.enter_context(torch.autocast(self.device.type, dtype=PRECISIONS[self.precision]))
+            if self.zero_stage == 3:
+                parameters = list(self.module.parameters())
+                stack.enter_context(self._library.zero.GatheredParameters(parameters, modifier_rank=None))
+            yield
 
 
 def close_process_group() -> None:

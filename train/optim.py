@@ -26,7 +26,7 @@ def decays(name: str, parameter: Tensor, *, temperature_decay: bool) -> bool:
     LAVIS' temperature is a 0-dim tensor, so its rule decays it, which over 250k steps halves it were no gradient to
     oppose.  Ours has shape (1,), counts as a vector, and decays only when parity with LAVIS is asked for.
     """
-    if name.rpartition(".")[2] == "temperature":
+    if "temperature" in name.split("."):
         return temperature_decay
     return not (parameter.ndim <= 1 or name.endswith(".bias"))
 

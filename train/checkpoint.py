@@ -1,0 +1,258 @@
+"""Checkpoints that are whole or not there, independent of ranks and ZeRO stage, without a pickle.
+
+    checkpoints/step_<n>/weights.safetensors      trainable weights by parameter name, fp32 (they are the master weights)
+                         optimizer.safetensors    <parameter>.exp_avg, .exp_avg_sq, .step
+                         random.safetensors       random states of every rank
+                         state.json               step, data fingerprint, frozen weights' names and hash, versions
+                         config.yaml              the resolved config
+                         complete                 written last: file sizes, so that a cut file is noticed too
+    checkpoints/latest -> step_<n>
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from train.distributed import Ranks
+from train.engine import Engine
+
+MARKER = "complete"
+PACKAGES = ("torch", "deepspeed", "transformers", "peft", "numpy", "safetensors")
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.  Every rank calls `save`; rank 0 writes."""
+
+    def __init__(self, run_dir: Path, ranks: Ranks, *, keep: int):
+        self.folder, self.ranks, self.keep = run_dir / "checkpoints", ranks, keep
+
+    def newest(self) -> tuple[Path | None, list[str]]:
+        """Newest complete checkpoint, and a sentence for each newer one that is not complete.  Same on every rank."""
+        found: Path | None = None
+        damaged: list[str] = []
+        if self.ranks.is_first:
+            for folder in sorted(self.folder.glob("step_*"), key=_step_of, reverse=True):
+                fault = _fault(folder)
+                if fault is None:
+                    found = folder
+                    break
+                damaged.append(f"{folder} is ignored: {fault}")
+        return self.ranks.broadcast_object((found, damaged))
+
+    def save(self, engine: Engine, step: int, state: Mapping[str, Any], config_yaml: str) -> Path:
+        """Writes `step_<step>`; returns when it is on disk and all ranks know."""
+        weights = self._collect(engine.full_weights())
+        optimizer = self._collect(engine.full_optimizer_state())
+        randoms = self.ranks.gather_objects(random_state())
+        folder = self.folder / f"step_{step}"
+        if self.ranks.is_first:
+            writing = self.folder / f".step_{step}.writing"
+            shutil.rmtree(writing, ignore_errors=True)
+            writing.mkdir(parents=True)
+            save_file(weights, writing / "weights.safetensors")
+            save_file(optimizer, writing / "optimizer.safetensors")
+            save_file(
+                {f"rank_{rank}.{name}": t for rank, (t_, _) in enumerate(randoms) for name, t in t_.items()},
+                writing / "random.safetensors",
+            )
+            whole = {
+                "step": step,
+                "loss_scale": engine.loss_scale_state(),
+                "random": [plain for _, plain in randoms],
+                "versions": _versions(),
+                **state,
+            }
+            (writing / "state.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
+            (writing / "config.yaml").write_text(config_yaml, encoding="utf-8")
+            sizes = {file.name: file.stat().st_size for file in sorted(writing.iterdir())}
+            for name in sizes:
+                _sync(writing / name)
+            (writing / MARKER).write_text(json.dumps(sizes), encoding="utf-8")
+            _sync(writing / MARKER)
+            _sync(writing)
+            shutil.rmtree(folder, ignore_errors=True)
+            writing.rename(folder)
+            self._point_latest(folder)
+            self._rotate(folder)
+        self.ranks.barrier()
+        return folder
+
+    def _collect(self, items: Any) -> dict[str, Tensor]:
+        """Gathering is collective, so every rank walks through all; only rank 0 keeps them."""
+        kept = {}
+        for name, tensor in items:
+            if self.ranks.is_first:
+                kept[name] = tensor.contiguous()
+        return kept
+
+    def _point_latest(self, folder: Path) -> None:
+        link = self.folder / ".latest.new"
+        link.unlink(missing_ok=True)
+        link.symlink_to(folder.name)
+        os.replace(link, self.folder / "latest")
+        _sync(self.folder)
+
+    def _rotate(self, newest: Path) -> None:
+        """Deletes all but the newest `keep` complete checkpoints, and never the one just written."""
+        complete = [f for f in sorted(self.folder.glob("step_*"), key=_step_of, reverse=True) if _fault(f) is None]
+        if self.keep:
+            for folder in complete[self.keep :]:
+                if folder != newest:
+                    doomed = self.folder / f".{folder.name}.deleting"
+                    folder.rename(doomed)  # so that a half-deleted one is never taken for a checkpoint
+                    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def load_weights(stage: nn.Module, folder: Path) -> None:
+    """Trainable weights into the stage, before an engine divides them.  Names and shapes must be exactly the stage's."""
+    trainable = {name: p for name, p in stage.named_parameters() if p.requires_grad}
+    with safe_open(folder / "weights.safetensors", "pt") as file:
+        names = set(file.keys())
+        missing, unexpected = sorted(trainable.keys() - names), sorted(names - trainable.keys())
+        if missing or unexpected:
+            raise ValueError(
+                f"{folder} does not fit this model: {len(missing)} trainable parameters are not in it ({missing[:5]}), "
+                f"{len(unexpected)} of its tensors are not trained here ({unexpected[:5]})"
+            )
+        for name, parameter in trainable.items():
+            tensor = file.get_tensor(name)
+            if tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"{folder}: {name} has shape {tuple(tensor.shape)}, this model's has {tuple(parameter.shape)}"
+                )
+            parameter.data.copy_(tensor)
+
+
+def load_training_state(engine: Engine, folder: Path, ranks: Ranks) -> dict[str, Any]:
+    """Optimizer, loss scale and random states into a freshly built engine; returns `state.json`."""
+    state = read_state(folder)
+    engine.load_optimizer_state(load_file(folder / "optimizer.safetensors"))
+    engine.load_loss_scale_state(state["loss_scale"])
+    if len(state["random"]) == ranks.count:
+        tensors = load_file(folder / "random.safetensors")
+        mine = f"rank_{ranks.rank}."
+        set_random_state(
+            {name.removeprefix(mine): t for name, t in tensors.items() if name.startswith(mine)},
+            state["random"][ranks.rank],
+        )
+    return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], what: str, *, force: bool) -> list[str]:
+    """Raises ValueError naming every value that differs between two fingerprints; with `force` returns the list."""
+    old, new = _flat(before), _flat(json.loads(json.dumps(now)))
+    changes = [
+        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key)
+    ]
+    if changes and not force:
+        raise ValueError(
+            f"cannot resume: {what} changed since the checkpoint: {'; '.join(changes[:8])}.  Put it back, or say "
+            f"run.resume=never for a new run, or run.force_resume=true to go on nevertheless"
+        )
+    return changes
+
+
+def frozen_fingerprint(stage: nn.Module) -> dict[str, Any]:
+    """Names and one hash of everything that does not train; it is not saved, so a resume must be given the same."""
+    digest = hashlib.sha256()
+    names = []
+    for name, parameter in stage.named_parameters():
+        if not parameter.requires_grad:
+            names.append(name)
+            digest.update(name.encode())
+            digest.update(parameter.detach().to("cpu").contiguous().view(torch.uint8).numpy())
+    return {"names": names, "sha256": digest.hexdigest()}
+
+
+def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Random states of this process: tensors for safetensors, the rest for JSON."""
+    tensors = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    python = random.getstate()
+    plain = {
+        "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "python": [python[0], list(python[1]), python[2]],
+    }
+    return tensors, plain
+
+
+def set_random_state(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+    torch.set_rng_state(tensors["torch"])
+    if "cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["cuda"])
+    kind, keys, position, has_gauss, cached = plain["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    version_, internal, gauss = plain["python"]
+    random.setstate((version_, tuple(internal), gauss))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        flat = {}
+        for key, inner in value.items():
+            flat.update(_flat(inner, f"{prefix}.{key}" if prefix else str(key)))
+        return flat
+    return {prefix: value}
+
+
+def _fault(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, None when it can."""
+    marker = folder / MARKER
+    if not marker.is_file():
+        return "it was not written to the end"
+    try:
+        sizes = json.loads(marker.read_text(encoding="utf-8"))
+    except ValueError:
+        return "its marker file is damaged"
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} bytes instead of {size}"
+    return None
+
+
+def _step_of(folder: Path) -> int:
+    number = folder.name.removeprefix("step_")
+    return int(number) if number.isdigit() else -1
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

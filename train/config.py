@@ -1,0 +1,228 @@
+"""Configs: composed by Hydra, held to a schema, and refused before anything heavy is imported.
+
+A key is checked against the dataclasses below, or, in a node with `_target_`, against the signature it names, or, in the
+DeepSpeed section, against DeepSpeed's own keys (`config_check.py`).  `build` makes objects out of checked nodes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from train.config_check import (
+    PACKAGES,
+    ConfigError,
+    Places,
+    as_forced,
+    choices_and_bounds,
+    resolved_type,
+    targets,
+    unknown_keys,
+)
+
+CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
+
+
+def key(default: Any, help: str, **rules: Any) -> Any:
+    """A field of a schema: its default, what `--help` says, and rules (`choices`, `least`, `free`)."""
+    metadata = {"help": help, **rules}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class WandbConfig:
+    mode: str = key(
+        "offline", "offline writes into the run directory, online also uploads", choices=("offline", "online", "disabled")
+    )
+    project: str = key("queqiao", "wandb project")
+    timeout: float = key(20.0, "seconds that wandb may take to start before training goes on without it", least=0)
+
+
+@dataclass
+class RunConfig:
+    name: str = key("pretrain", "names the run, its directory and its wandb run")
+    dir: str = key("outputs/${run.name}", "where everything of the run is written")
+    seed: int = key(0, "decides data order, augmentation, negatives, dropout and new weights")
+    resume: str = key(
+        "auto",
+        "auto goes on from the newest complete checkpoint in run.dir, never starts afresh in a new directory beside it",
+        choices=("auto", "never"),
+    )
+    force_resume: bool = key(False, "resume although the data, the frozen weights or the batch size have changed")
+    device: str = key("auto", "auto takes the GPU where there is one", choices=("auto", "cpu", "cuda"))
+    deterministic: bool = key(False, "only algorithms that give the same bits every time, slower on a GPU")
+    wandb: WandbConfig = key(WandbConfig, "tracking with wandb, beside metrics.jsonl")
+
+
+@dataclass
+class OptimConfig:
+    lr: float = key(1e-4, "peak learning rate", least=0)
+    final_lr: float = key(1e-5, "learning rate at the last step", least=0)
+    warmup_steps: int = key(2000, "steps of linear warm-up", least=0)
+    warmup_lr: float = key(1e-6, "learning rate at step 0", least=0)
+    weight_decay: float = key(0.05, "of matrices and embeddings; biases, norms and vectors have none", least=0)
+    beta1: float = key(0.9, "AdamW's decay of the mean gradient", least=0)
+    beta2: float = key(0.98, "AdamW's decay of the mean squared gradient: the paper's; LAVIS's code has 0.999", least=0)
+    eps: float = key(1e-8, "AdamW's epsilon", least=0)
+    temperature_decay: bool = key(False, "weight decay on the temperature too, as LAVIS has it")
+    part_lr: dict[str, float] = key(dict, "beginning of a parameter's name -> peak learning rate of its own", free="any")
+
+
+@dataclass
+class EngineConfig:
+    zero_stage: int = key(0, "what DeepSpeed divides among ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights",
+                          choices=(0, 1, 2, 3))
+    offload: bool = key(False, "optimizer state (ZeRO-3: weights too) in host memory")
+    deepspeed: dict[str, Any] = key(dict, "more of DeepSpeed's own configuration, merged over ours", free="deepspeed")
+
+
+@dataclass
+class TrainConfig:
+    steps: int = key(250000, "optimizer steps", least=1)
+    global_batch_size: int = key(1680, "samples of one step over all ranks and micro-steps", least=1)
+    accumulate: int = key(1, "micro-steps of one step; the contrastive batch is the global one divided by it", least=1)
+    log_every: int = key(50, "steps between lines of metrics.jsonl", least=1)
+    save_every: int = key(5000, "steps between checkpoints; one is always saved at the end", least=1)
+    eval_every: int = key(5000, "steps between evaluations; 0 evaluates never, otherwise at the end too", least=0)
+    keep_checkpoints: int = key(3, "newest complete checkpoints that are kept; 0 keeps all", least=0)
+    precision: str = key(
+        "auto", "auto: bf16 on a GPU, fp32 on a CPU; trainable weights are fp32", choices=("auto", "fp32", "bf16", "fp16")
+    )
+    clip_grad_norm: float = key(1.0, "2-norm the whole gradient is clipped to; 0 does not clip", least=0)
+    loss: Any = key(None, "the objectives", free="target")
+    optim: OptimConfig = key(OptimConfig, "AdamW and its schedule")
+    engine: EngineConfig = key(EngineConfig, "DeepSpeed")
+    evaluator: dict[str, Any] = key(dict, "name -> evaluator", free="targets")
+
+
+@dataclass
+class DataConfig:
+    max_skip_rate: float = key(0.01, "share of bad samples above which the run stops", least=0)
+    source: dict[str, Any] = key(dict, "name -> source, or one source", free="targets")
+    mixture: Any = key(None, "weights of languages and sources", free="target")
+    transform: Any = key(None, "raw sample -> picture and text", free="target")
+    loader: Any = key(None, "samples -> batches", free="target")
+
+
+@dataclass
+class Config:
+    """What every training entry point reads."""
+
+    run: RunConfig = key(RunConfig, "the run as a whole")
+    train: TrainConfig = key(TrainConfig, "batches -> steps")
+    data: DataConfig = key(DataConfig, "shards -> batches")
+    model: dict[str, Any] = key(dict, "the networks: one node per group in configs/model", free="groups")
+
+
+def compose(name: str, overrides: Sequence[str] = (), *, schema: type = Config) -> DictConfig:
+    """`configs/<name>.yaml` with Hydra overrides, every key and value checked.
+
+    Raises:
+        ConfigError: names each unknown key, where it stands and the nearest right one; missing and impossible values.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+
+    # Forced, a mistyped key on the command line arrives here and gets the same answer as one in a file.
+    forced = [as_forced(override, CONFIG_DIR) for override in overrides]
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            config = hydra_compose(name, forced, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_plain(error)) from None
+    places = Places(CONFIG_DIR, name, overrides, dict(config.hydra.runtime.choices))
+    OmegaConf.set_struct(config, False)
+    del config["hydra"]
+
+    problems = unknown_keys(OmegaConf.to_container(config), schema, places, CONFIG_DIR)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    try:
+        config = OmegaConf.merge(OmegaConf.structured(schema), config)
+        OmegaConf.resolve(config)
+    except OmegaConfBaseException as error:
+        where = places.of(tuple(str(error.full_key or "").split(".")))
+        raise ConfigError(f"{error.full_key}: {_plain(error).splitlines()[0]} ({where})") from None
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        first = missing[0]
+        raise ConfigError(f"not set: {', '.join(missing)}.  Say it on the command line, e.g. {first}=...")
+    problems = choices_and_bounds(config, schema, places)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def build(node: Any, **arguments: Any) -> Any:
+    """The object a checked `_target_` node describes; `arguments` are what code knows and YAML does not.
+
+    Nothing outside our own packages is called, whatever a config says: Hydra's own list of forbidden functions has been
+    got around (GHSA-37p2-j732-x8pj).  Arguments are handed over as they are, never copied into a config.
+    """
+    from hydra.utils import instantiate
+
+    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
+    if not isinstance(plain, dict) or "_target_" not in plain:
+        raise ConfigError(f"expected a node with _target_, got {plain!r}")
+    for target in targets(plain):
+        if target.partition(".")[0] not in PACKAGES:
+            raise ConfigError(f"_target_ {target}: only things in {', '.join(PACKAGES)} are built from a config")
+    wants_partial = bool(plain.pop("_partial_", False))
+    factory = instantiate({**plain, "_partial_": True, "_convert_": "all"})
+    return partial(factory, **arguments) if wants_partial else factory(**arguments)
+
+
+def from_command_line(name: str, *, schema: type = Config, argv: Sequence[str] | None = None) -> DictConfig:
+    """For an entry point: overrides from the command line; answers --help and --cfg; a bad config ends the process."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    # The deepspeed launcher adds --local_rank where --no_local_rank was forgotten; the environment says it too.
+    arguments = [a for a in arguments if not a.startswith("--local_rank")]
+    overrides = [a for a in arguments if not a.startswith("-")]
+    flags = [a for a in arguments if a.startswith("-")]
+    try:
+        if flags and flags[0] in ("--help", "-h"):
+            from train.config_help import help_text
+
+            print(help_text(name, overrides, schema, CONFIG_DIR))
+            raise SystemExit(0)
+        if flags and flags[0] == "--cfg":
+            print(OmegaConf.to_yaml(compose(name, [o for o in overrides if o != "job"], schema=schema)))
+            raise SystemExit(0)
+        if flags:
+            raise ConfigError(f"unknown option {flags[0]}; options are --help and --cfg job, all else is key=value")
+        return compose(name, overrides, schema=schema)
+    except ConfigError as error:
+        print(f"config error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def defaults(schema: type) -> dict[str, Any]:
+    """Schema -> nested dict of its defaults, for help texts and tests."""
+    values: dict[str, Any] = {}
+    for item in fields(schema):
+        kind = resolved_type(schema, item)
+        if is_dataclass(kind):
+            values[item.name] = defaults(kind)  # type: ignore[arg-type]
+        else:
+            values[item.name] = item.default if item.default is not MISSING else {}
+    return values
+
+
+def _plain(error: Exception) -> str:
+    """Hydra's and OmegaConf's messages without the lines that are about their insides."""
+    lines = [line for line in str(error).splitlines() if line.strip() and "object_type=" not in line]
+    cause = error.__cause__
+    if cause is not None and str(cause) not in str(error):
+        lines += [line for line in str(cause).splitlines() if line.strip() and "object_type=" not in line]
+    return "\n".join(lines)

@@ -1,0 +1,349 @@
+"""Finds the keys of a config that nobody will read: a mistyped key is an error that names the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import Field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+PACKAGES = ("data", "model", "train", "serve")
+HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_"}
+Path_ = tuple[str, ...]
+
+# What train.* says already: setting it in the DeepSpeed section would make two masters.
+OURS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.global_batch_size",
+    "gradient_accumulation_steps": "train.accumulate",
+    "gradient_clipping": "train.clip_grad_norm",
+    "optimizer": "train.optim",
+    "scheduler": "train.optim",
+    "fp16": "train.precision",
+    "bf16": "train.precision",
+    "checkpoint": "train.save_every",
+}
+# DeepSpeed 0.19 reads these at top level and ignores every other silently (runtime/config.py, _initialize_params).
+DEEPSPEED_KEYS = {
+    "activation_checkpointing", "aio", "comms_logger", "communication_data_type", "compile", "csv_monitor",
+    "data_types", "disable_allgather", "dump_state", "flops_profiler", "gradient_allreduce_op",
+    "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients", "seq_parallel_communication_data_type",
+    "steps_per_print", "tensorboard", "timers", "torch_autocast", "wall_clock_breakdown", "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer", "zero_optimization",
+}  # fmt: skip
+# Sections that DeepSpeed reads without a model that could be asked for its keys.
+DEEPSPEED_PLAIN = {
+    "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
+    "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
+    "activation_checkpointing": {
+        "partition_activations", "number_checkpoints", "contiguous_memory_optimization",
+        "synchronize_checkpoint_boundary", "cpu_checkpointing", "profile",
+    },
+    "aio": {
+        "block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds",
+    },
+    "flops_profiler": {
+        "enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file",
+    },
+}  # fmt: skip
+DEEPSPEED_MODELS = {
+    "zero_optimization": "deepspeed.runtime.zero.config:DeepSpeedZeroConfig",
+    "comms_logger": "deepspeed.comm.config:CommsLoggerConfig",
+    "compile": "deepspeed.compile.config:CompileConfig",
+    "tensorboard": "deepspeed.monitor.config:TensorBoardConfig",
+    "csv_monitor": "deepspeed.monitor.config:CSVConfig",
+}
+
+
+class ConfigError(ValueError):
+    """A config that cannot be meant; the message is for the person who wrote it."""
+
+
+class Places:
+    """Where a key of the composed config was written."""
+
+    def __init__(self, config_dir: Path, name: str, overrides: Sequence[str], choices: Mapping[str, Any]):
+        self.config_dir, self.overrides = config_dir, list(overrides)
+        self.chosen = [config_dir / f"{name}.yaml"]
+        for group, choice in choices.items():
+            if isinstance(choice, str) and not group.startswith("hydra/"):
+                self.chosen.append(config_dir / group.partition("@")[0] / f"{choice}.yaml")
+
+    def of(self, path: Path_) -> str:
+        """"on the command line: ..." or "configs/train/optim/adamw.yaml, line 3"."""
+        dotted = ".".join(path)
+        for override in self.overrides:
+            written = override.lstrip("+~").partition("=")[0]
+            if written == dotted or written.startswith(dotted + "."):
+                return f"on the command line: {override}"
+        others = [file for file in sorted(self.config_dir.rglob("*.yaml")) if file not in self.chosen]
+        for file in [*reversed(self.chosen), *others]:
+            line = self._line(file, path)
+            if line is not None:
+                return f"{file.relative_to(self.config_dir.parent)}, line {line}"
+        return "in the composed config"
+
+    def _line(self, file: Path, path: Path_) -> int | None:
+        if not file.is_file():
+            return None
+        text = file.read_text(encoding="utf-8")
+        package = file.relative_to(self.config_dir).parent.parts
+        header = text[:200].partition("@package")[2].split()
+        if header[:1] == ["_global_"]:
+            package = ()
+        for at in range(len(package), len(path)):
+            # A group's file may have been put deeper (`data/source@data.source.photos`), never higher.
+            if path[: len(package)] == package:
+                line = _line_of(yaml.compose(text), path[at:])
+                if line is not None:
+                    return line
+        return None
+
+
+def _line_of(node: Any, path: Path_) -> int | None:
+    for name in path[:-1]:
+        node = next((v for k, v in node.value if k.value == name), None) if isinstance(node, yaml.MappingNode) else None
+    if isinstance(node, yaml.MappingNode):
+        return next((k.start_mark.line + 1 for k, _ in node.value if k.value == path[-1]), None)
+    return None
+
+
+def unknown_keys(config: Any, schema: type, places: Places, config_dir: Path) -> list[str]:
+    """One sentence for each key that is no key."""
+    return list(_Checker(schema, places, config_dir).dataclass_keys(config, schema, ()))
+
+
+class _Checker:
+    def __init__(self, schema: type, places: Places, config_dir: Path):
+        self.places, self.config_dir = places, config_dir
+        self.elsewhere = {path[-1]: ".".join(path) for path in _schema_paths(schema)}
+
+    def dataclass_keys(self, config: Mapping[str, Any], schema: type, path: Path_) -> Iterator[str]:
+        known = {item.name: item for item in fields(schema)}
+        for name, value in config.items():
+            here = (*path, str(name))
+            if name not in known:
+                yield self.unknown(here, known)
+                continue
+            kind = resolved_type(schema, known[name])
+            if is_dataclass(kind):
+                if isinstance(value, Mapping):
+                    yield from self.dataclass_keys(value, kind, here)  # type: ignore[arg-type]
+                elif value is not None:
+                    yield f"{'.'.join(here)} is a section, not a value ({self.places.of(here)})"
+            elif value is not None:
+                yield from self.free(value, known[name].metadata.get("free", "any"), here)
+
+    def free(self, value: Any, rule: str, path: Path_) -> Iterator[str]:
+        """Sections whose keys are not in the schema."""
+        if not isinstance(value, Mapping):
+            return
+        if rule == "deepspeed":
+            yield from self.deepspeed(value, path)
+        elif rule == "groups":
+            groups = [folder.name for folder in (self.config_dir / path[-1]).iterdir() if folder.is_dir()]
+            for name, node in value.items():
+                if name not in groups:
+                    yield self.unknown((*path, name), groups)
+                else:
+                    yield from self.free(node, "target", (*path, name))
+        elif rule in ("target", "targets") and "_target_" in value:
+            yield from self.target(value, path)
+        elif rule == "target":
+            for name in value:
+                yield f"{'.'.join((*path, name))}: nothing is chosen for {'.'.join(path)} that could read it " + (
+                    f"({self.places.of((*path, name))})"
+                )
+        elif rule == "targets":
+            named = [name for name, node in value.items() if isinstance(node, Mapping) and "_target_" in node]
+            for name, node in value.items():
+                if name in named:
+                    yield from self.target(node, (*path, name))
+                elif node is not None:
+                    yield self.unknown((*path, name), named)
+
+    def target(self, node: Mapping[str, Any], path: Path_) -> Iterator[str]:
+        """A node's keys against the signature of what it builds."""
+        name = node["_target_"]
+        where = self.places.of((*path, "_target_"))
+        if not isinstance(name, str) or name.partition(".")[0] not in PACKAGES:
+            yield f"{'.'.join(path)}._target_={name}: may only point into {', '.join(PACKAGES)} ({where})"
+            return
+        try:
+            parameters = inspect.signature(find(name)).parameters
+        except (ImportError, AttributeError) as error:
+            yield f"{'.'.join(path)}._target_={name}: {error} ({where})"
+            return
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            for key in node:
+                if key not in parameters and key not in HYDRA_KEYS:
+                    yield self.unknown((*path, str(key)), [p for p in parameters if p != "self"])
+        for key, value in node.items():
+            yield from self.nested(value, (*path, str(key)))
+
+    def nested(self, value: Any, path: Path_) -> Iterator[str]:
+        if isinstance(value, Mapping):
+            if "_target_" in value:
+                yield from self.target(value, path)
+            else:
+                for key, inner in value.items():
+                    yield from self.nested(inner, (*path, str(key)))
+
+    def deepspeed(self, section: Mapping[str, Any], path: Path_) -> Iterator[str]:
+        for name, value in section.items():
+            here = (*path, str(name))
+            if name in OURS:
+                yield f"{'.'.join(here)}: set {OURS[name]} instead ({self.places.of(here)})"
+            elif name not in DEEPSPEED_KEYS:
+                yield self.unknown(here, DEEPSPEED_KEYS)
+            elif isinstance(value, Mapping):
+                known = DEEPSPEED_PLAIN.get(name)
+                yield from self.plain(value, known, here) if known else self.pydantic(
+                    value, _deepspeed_model(DEEPSPEED_MODELS[name]) if name in DEEPSPEED_MODELS else None, here
+                )
+
+    def plain(self, section: Mapping[str, Any], known: Iterable[str], path: Path_) -> Iterator[str]:
+        for name in section:
+            if name not in known:
+                yield self.unknown((*path, str(name)), known)
+
+    def pydantic(self, section: Mapping[str, Any], model: Any, path: Path_) -> Iterator[str]:
+        if model is None:
+            return
+        known = {alias: item for name, item in model.model_fields.items() for alias in (name, item.alias) if alias}
+        for name, value in section.items():
+            if name not in known:
+                yield self.unknown((*path, str(name)), known)
+            elif name == "stage" and path[-1] == "zero_optimization":
+                yield f"{'.'.join((*path, 'stage'))}: set train.engine.zero_stage instead ({self.places.of((*path, 'stage'))})"
+            elif isinstance(value, Mapping):
+                inner = [t for t in _arguments(known[name].annotation) if hasattr(t, "model_fields")]
+                yield from self.pydantic(value, inner[0] if inner else None, (*path, str(name)))
+
+    def unknown(self, path: Path_, known: Iterable[str]) -> str:
+        name, parent, known = path[-1], ".".join(path[:-1]), sorted(known)
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        if close:
+            advice = f"did you mean {'.'.join((*path[:-1], close[0]))}?"
+        elif name in self.elsewhere:
+            advice = f"did you mean {self.elsewhere[name]}?"
+        else:
+            advice = f"{parent or 'the config'} has {', '.join(known) or 'no keys'}"
+        return f"unknown key {'.'.join(path)} ({self.places.of(path)}): {advice}"
+
+
+def find(target: str) -> Any:
+    """The thing a dotted name means; imports as little as finding it takes."""
+    parts = target.split(".")
+    for length in range(len(parts) - 1, 0, -1):
+        module_name = ".".join(parts[:length])
+        try:
+            found = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if error.name and (module_name == error.name or module_name.startswith(error.name + ".")):
+                continue
+            raise
+        for name in parts[length:]:
+            if not hasattr(found, name):
+                close = difflib.get_close_matches(name, dir(found), n=1)
+                raise AttributeError(f"{module_name} has no {name}" + (f"; did you mean {close[0]}?" if close else ""))
+            found = getattr(found, name)
+        return found
+    raise ImportError(f"no module named {parts[0]}")
+
+
+def targets(node: Any) -> Iterator[str]:
+    """Every `_target_` in a node, however deep."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield str(node["_target_"])
+        for value in node.values():
+            yield from targets(value)
+    elif isinstance(node, list):
+        for value in node:
+            yield from targets(value)
+
+
+def as_forced(override: str, config_dir: Path) -> str:
+    """`a.b=1` -> `++a.b=1`, so that an unknown key reaches our check; choices of a group stay as they are."""
+    name = override.lstrip("+~").partition("=")[0].partition("@")[0]
+    if "=" not in override and not override.startswith("~"):
+        raise ConfigError(f"{override!r} is no key=value")
+    if override.startswith(("~", "++")) or name.partition(".")[0] == "hydra":
+        return override
+    if (config_dir / name).is_dir():
+        return override.lstrip("+") if name == "experiment" else override
+    if "/" in name:
+        groups = [str(p.relative_to(config_dir)) for p in config_dir.rglob("*") if p.is_dir()]
+        close = difflib.get_close_matches(name, groups, n=1)
+        raise ConfigError(f"no config group {name} (on the command line: {override})" + (
+            f": did you mean {close[0]}?" if close else f"; groups: {', '.join(sorted(groups))}"
+        ))
+    return "++" + override.lstrip("+")
+
+
+def choices_and_bounds(config: DictConfig, schema: type, places: Places, path: Path_ = ()) -> list[str]:
+    """The schema's rules on values."""
+    problems: list[str] = []
+    for item in fields(schema):
+        value, here = config[item.name], (*path, item.name)
+        kind = resolved_type(schema, item)
+        if is_dataclass(kind):
+            problems += choices_and_bounds(value, kind, places, here)  # type: ignore[arg-type]
+            continue
+        choices, least = item.metadata.get("choices"), item.metadata.get("least")
+        if choices is not None and value not in choices:
+            problems.append(f"{'.'.join(here)}={value} ({places.of(here)}): one of {', '.join(map(str, choices))}")
+        if least is not None and value < least:
+            problems.append(f"{'.'.join(here)}={value} ({places.of(here)}): at least {least}")
+    return problems
+
+
+@cache
+def _type_hints(schema: type) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
+
+
+def resolved_type(schema: type, item: Field[Any]) -> Any:
+    return _type_hints(schema)[item.name]
+
+
+def _schema_paths(schema: type, path: Path_ = ()) -> Iterator[Path_]:
+    for item in fields(schema):
+        kind = resolved_type(schema, item)
+        yield (*path, item.name)
+        if is_dataclass(kind):
+            yield from _schema_paths(kind, (*path, item.name))  # type: ignore[arg-type]
+
+
+def _deepspeed_model(address: str) -> Any:
+    """Imports DeepSpeed, so only for a config that has such a section."""
+    import os
+
+    if not _cuda_visible():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    module, _, name = address.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _cuda_visible() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _arguments(annotation: Any) -> list[Any]:
+    return [annotation, *typing.get_args(annotation)]
+
+
+def is_node(value: Any) -> bool:
+    return OmegaConf.is_dict(value) and "_target_" in value

@@ -1,0 +1,104 @@
+"""Stage one's entry point: python -m train.pretrain experiment=smoke   (--help explains every key)"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from omegaconf import DictConfig
+
+from train.config import build, from_command_line
+
+
+def main() -> None:
+    # A bad config ends here, before torch or any data is touched.
+    config = from_command_line("pretrain")
+
+    from train.run import finish, start, train
+
+    run = start(config)
+    sources, codec, loader = build_data(config, run)
+    stage = build_stage(config, run, codec)
+    train(config, run, stage, loader, build_evaluators(config, codec))
+    finish()
+
+
+def build_data(config: DictConfig, run: Any) -> tuple[Any, Any, Any]:
+    """Sources, tokenizer and loader; prints what the tokenizer makes of the captions."""
+    from data.caption_report import caption_report, print_caption_report
+
+    nodes = config.data.source
+    sources = {n: build(node) for n, node in ({"source": nodes} if "_target_" in nodes else nodes).items()}
+    codec = build_tokenizer(config, run, sources)
+    loader = build(
+        config.data.loader,
+        sources=sources,
+        mixture=build(config.data.mixture),
+        transform=build(config.data.transform),
+        codec=codec,
+        global_batch_size=config.train.global_batch_size,
+        accumulate=config.train.accumulate,
+        seed=config.run.seed,
+        rank=run.ranks.rank,
+        num_ranks=run.ranks.count,
+    )
+    if run.ranks.is_first:
+        length = config.data.loader.max_text_tokens
+        print_caption_report(
+            caption_report(sources, codec, max_text_tokens=length, languages=loader.languages), max_text_tokens=length
+        )
+    return sources, codec, loader
+
+
+def build_tokenizer(config: DictConfig, run: Any, sources: Any) -> Any:
+    """A tokenizer from a folder, or one that rank 0 trains on the run's own captions (`_partial_` in its config)."""
+    made = build(config.model.tokenizer)
+    if not isinstance(made, partial):
+        return made
+    from model.tokenizer import CaptionTokenizer
+
+    folder = run.dir / "tokenizer"
+    if run.ranks.is_first and not (folder / "tokenizer.json").exists():
+        made(texts=some_captions(sources), folder=folder)
+    run.ranks.barrier()
+    return CaptionTokenizer(str(folder))
+
+
+def some_captions(sources: Mapping[str, Any], at_most: int = 4000) -> list[str]:
+    """Cleaned captions, evenly from every source and language, to train a small tokenizer on."""
+    from data.caption import clean_caption
+    from data.source import BadSample
+
+    texts = []
+    for source in sources.values():
+        for language in source.languages:
+            size = source.num_samples(language)
+            for index in range(0, size, max(1, size // at_most)):
+                try:
+                    texts += [clean_caption(text, language) for text in source.read(language, index).captions]
+                except BadSample:
+                    continue
+    return texts
+
+
+def build_stage(config: DictConfig, run: Any, codec: Any) -> Any:
+    """Model with its starting weights, and the objectives."""
+    from train.stage import Stage
+
+    vision = build(config.model.vision)
+    qformer = build(
+        config.model.qformer, vocab_size=codec.vocab_size, pad_id=codec.pad_id, image_width=vision.width
+    )
+    model = build(config.model.image_text, vision=vision, qformer=qformer)
+    report = build(config.model.weights)(model)
+    run.say(str(report))
+    return Stage(model, build(config.train.loss), run.ranks)
+
+
+def build_evaluators(config: DictConfig, codec: Any) -> list[Any]:
+    return [build(node, codec=codec, name=name) for name, node in config.train.evaluator.items()]
+
+
+if __name__ == "__main__":
+    main()

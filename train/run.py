@@ -1,0 +1,265 @@
+"""What every training entry point does around its model: where it runs, what trains, and from which step."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
+
+from train.checkpoint import (
+    Checkpoints,
+    check_same,
+    frozen_fingerprint,
+    load_training_state,
+    load_weights,
+    read_state,
+)
+from train.distributed import Ranks
+from train.engine import Engine, close_process_group, resolve_precision, store_frozen
+from train.optim import ParameterGroup, format_table, groups_table, lr_factor, parameter_groups
+from train.tracking import Tracker, WandbWriter
+from train.trainer import Loader, Trainer
+
+
+@dataclass(frozen=True)
+class Run:
+    """This process' place in a run."""
+
+    device: torch.device
+    ranks: Ranks
+    dir: Path
+
+    def say(self, text: str) -> None:
+        if self.ranks.is_first:
+            print(text, flush=True)
+
+
+def start(config: DictConfig) -> Run:
+    """Device, ranks, seeds, and a directory that one rank chooses and the others are told."""
+    device = _device(config.run.device)
+    ranks = Ranks.connect(device)
+    _check_batch(config, ranks)
+    run_dir = Path(ranks.broadcast_object(str(_run_dir(Path(config.run.dir), config.run.resume))))
+    if ranks.is_first:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
+    ranks.barrier()
+    if config.run.deterministic:
+        torch.use_deterministic_algorithms(True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    seed_everything(config.run.seed)  # the same on every rank, so that all make the same weights
+    return Run(device, ranks, run_dir)
+
+
+def train(config: DictConfig, run: Run, stage: nn.Module, loader: Loader, evaluators: Sequence[Any]) -> int:
+    """Resumes or begins, trains, and leaves everything on disk.  Returns the number of steps done."""
+    device, ranks = run.device, run.ranks
+    precision = resolve_precision(config.train.precision, device)
+    checkpoints = Checkpoints(run.dir, ranks, keep=config.train.keep_checkpoints)
+    newest, damaged = checkpoints.newest()
+    for sentence in damaged:
+        run.say(f"warning: {sentence}")
+    frozen = frozen_fingerprint(stage) if ranks.is_first else {}
+    state: Mapping[str, Any] = {}
+    if newest is not None:
+        state = read_state(newest)
+        _check_resume(config, run, newest, state, loader, ranks.broadcast_object(frozen))
+        load_weights(stage, newest)
+    store_frozen(stage, precision)
+    groups = _parameter_groups(config, stage)
+    run.say("\n" + _trained_table(stage, precision) + "\n\n" + groups_table(groups))
+    run.say(_batch_line(config, ranks, device, precision))
+
+    engine = _engine(config, stage, groups, device, precision, ranks)
+    # From here on ranks differ: each its own dropout.
+    seed_everything(config.run.seed + 7919 * (ranks.rank + 1) + int(state.get("step", 0)))
+    if newest is not None:
+        load_training_state(engine, newest, ranks)
+    first_step = int(state.get("step", 0))
+    tracker = _tracker(config, run, first_step)
+    for sentence in damaged:
+        tracker.event(first_step, "checkpoint ignored", why=sentence)
+    if newest is not None:
+        tracker.event(first_step, "resumed", checkpoint=newest.name, ranks=ranks.count)
+        run.say(f"resuming after step {first_step} from {newest}")
+    trainer = Trainer(
+        engine,
+        loader,
+        ranks,
+        tracker=tracker,
+        checkpoints=checkpoints,
+        evaluators=evaluators,
+        lr_factor=_schedule(config),
+        checkpoint_state={
+            "frozen": frozen,
+            "train": {"global_batch_size": config.train.global_batch_size, "accumulate": config.train.accumulate},
+            "written_by": {"ranks": ranks.count, "zero_stage": engine.zero_stage, "precision": precision},
+        },
+        config_yaml=OmegaConf.to_yaml(config),
+        steps=config.train.steps,
+        global_batch_size=config.train.global_batch_size,
+        log_every=config.train.log_every,
+        save_every=config.train.save_every,
+        eval_every=config.train.eval_every if evaluators else 0,
+    )
+    try:
+        done = trainer.fit(first_step)
+    finally:
+        tracker.close()
+    run.say(f"{done} of {config.train.steps} steps are done; everything is in {run.dir}")
+    return done
+
+
+def finish() -> None:
+    """After the last use of ranks."""
+    close_process_group()
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _device(wish: str) -> torch.device:
+    if wish == "cpu" or (wish == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("run.device=cuda, but torch sees no GPU: python scripts/doctor.py says why")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _run_dir(wish: Path, resume: str) -> Path:
+    """`wish`, or with resume=never the first of wish, wish-2, wish-3, ... that holds no run yet."""
+    if resume == "auto":
+        return wish
+    candidate, number = wish, 1
+    while (candidate / "metrics.jsonl").exists() or (candidate / "checkpoints").exists():
+        number += 1
+        candidate = wish.with_name(f"{wish.name}-{number}")
+    return candidate
+
+
+def _check_batch(config: DictConfig, ranks: Ranks) -> None:
+    size, unit = config.train.global_batch_size, config.train.accumulate * ranks.count
+    if size % unit:
+        raise ValueError(
+            f"train.global_batch_size={size} cannot be divided by train.accumulate={config.train.accumulate} times "
+            f"{ranks.count} ranks; the next that can: {(size // unit + 1) * unit}"
+        )
+
+
+def _check_resume(
+    config: DictConfig, run: Run, newest: Path, state: Mapping[str, Any], loader: Loader, frozen: Mapping[str, Any]
+) -> None:
+    force = config.run.force_resume
+    if state["step"] >= config.train.steps:
+        run.say(f"{newest} has all train.steps={config.train.steps} steps already")
+    contrastive = {"global_batch_size": config.train.global_batch_size, "accumulate": config.train.accumulate}
+    changes = check_same(state["train"], contrastive, "train", force=force)
+    changes += check_same(state["data"]["fingerprint"], loader.fingerprint(), "the data", force=force)
+    changes += check_same(state["frozen"], frozen, "frozen weights", force=force)
+    if changes:
+        run.say(f"warning: resuming by force although these changed: {'; '.join(changes)}")
+
+
+def _parameter_groups(config: DictConfig, stage: nn.Module) -> list[ParameterGroup]:
+    optim = config.train.optim
+    return parameter_groups(
+        list(stage.named_parameters()),
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        temperature_decay=optim.temperature_decay,
+        part_lr=dict(optim.part_lr),
+    )
+
+
+def _engine(
+    config: DictConfig,
+    stage: nn.Module,
+    groups: Sequence[ParameterGroup],
+    device: torch.device,
+    precision: str,
+    ranks: Ranks,
+) -> Engine:
+    optim, engine = config.train.optim, config.train.engine
+    return Engine(
+        stage,
+        groups,
+        device=device,
+        precision=precision,
+        micro_batch_size=config.train.global_batch_size // (config.train.accumulate * ranks.count),
+        accumulate=config.train.accumulate,
+        betas=(optim.beta1, optim.beta2),
+        eps=optim.eps,
+        clip_grad_norm=config.train.clip_grad_norm,
+        zero_stage=engine.zero_stage,
+        offload=engine.offload,
+        deepspeed=OmegaConf.to_container(engine.deepspeed, resolve=True),  # type: ignore[arg-type]
+    )
+
+
+def _schedule(config: DictConfig) -> Any:
+    optim = config.train.optim
+    if optim.lr <= 0:
+        return lambda step: 0.0
+    return partial(
+        lr_factor,
+        steps=config.train.steps,
+        warmup_steps=optim.warmup_steps,
+        warmup_start=optim.warmup_lr / optim.lr,
+        final=optim.final_lr / optim.lr,
+    )
+
+
+def _tracker(config: DictConfig, run: Run, first_step: int) -> Tracker:
+    writer = None
+    wandb = config.run.wandb
+    if run.ranks.is_first and wandb.mode != "disabled":
+        plain: Any = OmegaConf.to_container(config, resolve=True)
+        writer = WandbWriter(
+            run.dir, name=config.run.name, project=wandb.project, mode=wandb.mode, timeout=wandb.timeout, config=plain
+        )
+    return Tracker(
+        run.dir, first_step=first_step, steps=config.train.steps, is_first=run.ranks.is_first, writer=writer
+    )
+
+
+def _trained_table(stage: nn.Module, precision: str) -> str:
+    """Which parts train, how large they are, and how they are stored."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in stage.named_parameters():
+        parts.setdefault(".".join(name.split(".")[:2]), []).append(parameter)
+    rows = [("part", "trained", "frozen", "stored as", "computed in")]
+    for part, parameters in parts.items():
+        trained = sum(p.numel() for p in parameters if p.requires_grad)
+        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
+        stored = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+        rows.append((part.removeprefix("model."), f"{trained:,}", f"{frozen:,}", " and ".join(stored), precision))
+    everything = [p for parameters in parts.values() for p in parameters]
+    trained = sum(p.numel() for p in everything if p.requires_grad)
+    rows.append(("all", f"{trained:,}", f"{sum(p.numel() for p in everything) - trained:,}", "", ""))
+    return format_table(rows)
+
+
+def _batch_line(config: DictConfig, ranks: Ranks, device: torch.device, precision: str) -> str:
+    size, accumulate = config.train.global_batch_size, config.train.accumulate
+    return (
+        f"\nglobal batch {size} = {ranks.count} rank(s) x {accumulate} micro-step(s) x {size // accumulate // ranks.count}"
+        f"; contrastive batch {size // accumulate} (global batch / train.accumulate)\n"
+        f"{device.type}, {precision}, ZeRO-{config.train.engine.zero_stage}"
+        f"{' with offload' if config.train.engine.offload else ''}; steps {config.train.steps}"
+    )
