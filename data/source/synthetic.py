@@ -161,6 +161,13 @@ def is_right(caption: str, scene: Scene, language: str) -> bool:
     return _bare(caption) in {_bare(right) for right in scene.captions(language)}
 
 
+class SceneJudge:
+    """`is_right` for an evaluator, which has the sample: the captions of a sample are all phrasings of its scene."""
+
+    def __call__(self, caption: str, sample: RawSample, language: str) -> bool:
+        return _bare(caption) in {_bare(right) for right in sample.captions}
+
+
 class SceneSource:
     """Scenes as a source of samples: sample `index` of a language, the same bytes for the same (seed, split, index).
 
@@ -244,20 +251,20 @@ class SceneSource:
         return draw(self.scene(index), self._random("picture", index), self.image_size)
 
     def write_pairs(self, folder: str | Path) -> Path:
-        """Pictures and PAIRS.jsonl as `scripts/pack_shards.py` reads them; returns the path of the JSONL.
+        """Pictures and PAIRS.jsonl as `scripts/pack_shards.py` reads them, all phrasings of each language in a list.
 
-        A pair has one caption a language, so the phrasing is drawn here, for each language by itself.
+        Returns the path of the JSONL.
         """
         folder = Path(folder)
         (folder / "pictures").mkdir(parents=True, exist_ok=True)
         path = folder / "PAIRS.jsonl"
         with path.open("w", encoding="utf-8") as file:
             for index in range(self._num_scenes):
-                scene, random_ = self.scene(index), self._random("phrasing", index)
-                relative = f"pictures/{index:07d}.png"
+                scene, relative = self.scene(index), f"pictures/{index:07d}.png"
                 self.picture(index).save(folder / relative)
-                pair = {"image": relative, **{lang: random_.choice(scene.captions(lang)) for lang in self.languages}}
-                file.write(json.dumps({**pair, "image_id": scene.name}, ensure_ascii=False) + "\n")
+                captions = {language: scene.captions(language) for language in self.languages}
+                pair = {"image": relative, **captions, "image_id": scene.name}
+                file.write(json.dumps(pair, ensure_ascii=False) + "\n")
         return path
 
     def _random(self, what: str, index: int) -> random.Random:

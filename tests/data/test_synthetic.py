@@ -139,13 +139,13 @@ def test_no_two_compositions_share_a_caption() -> None:
         assert set(PHRASINGS[language]) == set(ARRANGEMENTS)
 
 
-def test_write_pairs_gives_pictures_and_one_caption_a_language(tmp_path) -> None:
+def test_write_pairs_gives_pictures_and_all_phrasings(tmp_path) -> None:
     source = SceneSource(6, seed=2)
     pairs = [json.loads(line) for line in source.write_pairs(tmp_path).read_text("utf-8").splitlines()]
     assert len(pairs) == 6
     for index, pair in enumerate(pairs):
         for language in LANGUAGES:
-            assert pair[language] in source.scene(index).captions(language)
+            assert pair[language] == source.scene(index).captions(language)
         with Image.open(tmp_path / pair["image"]) as image:
             assert np.array_equal(pixels(image), pixels(source.picture(index)))
         assert pair["image_id"] == source.read("en", index).image_id
