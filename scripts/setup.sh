@@ -80,6 +80,13 @@ if ! same_python; then
   "$python" -m venv .venv >> "$log" 2>&1 ||
     fail "$python cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv); see $PWD/$log"
 fi
+# pip writes INSTALLER after a package's files: without it the package was cut off half way, though pip thinks it is there.
+for info in .venv/lib/python*/site-packages/*.dist-info; do
+  if [ -d "$info" ] && [ ! -f "$info/INSTALLER" ]; then
+    say "         $(basename "$info" .dist-info) was cut off while being installed; again"
+    rm -rf "$info"
+  fi
+done
 pip=(.venv/bin/python -m pip --disable-pip-version-check --no-input)
 
 step 2 "pip and setuptools"

@@ -95,6 +95,21 @@ def test_an_interrupted_install_is_told_and_taken_up_again(project: Path) -> Non
     assert (done.returncode, len(calls)) == (0, 5)
 
 
+def test_a_package_cut_off_half_way_is_installed_again(project: Path) -> None:
+    """pip would call it installed: its metadata is there, some of its files are not."""
+    site = project / ".venv/lib/python3.11/site-packages"
+    for name, files in {
+        "numpy-2.4.6": ["METADATA", "RECORD"],
+        "six-1.17.0": ["METADATA", "RECORD", "INSTALLER"],
+    }.items():
+        (site / f"{name}.dist-info").mkdir(parents=True)
+        for file in files:
+            (site / f"{name}.dist-info" / file).touch()
+    done, _ = setup(project)
+    assert "numpy-2.4.6 was cut off" in done.stdout
+    assert [path.name for path in site.iterdir()] == ["six-1.17.0.dist-info"]
+
+
 def test_an_index_for_torch_is_passed_on_for_torch_alone(project: Path) -> None:
     _, calls = setup(project, QUEQIAO_TORCH_INDEX="https://example.org/cpu")
     assert [("https://example.org/cpu" in call) for call in calls] == [False, False, True, False, False]
