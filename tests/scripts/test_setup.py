@@ -19,6 +19,7 @@ if [ "$1" = -m ] && [ "$2" = pip ]; then
   case "$*" in *"${{FAIL_AT:-nothing}}"*) echo "ERROR: connection lost" >&2; exit 7;; esac
   exit 0
 fi
+case "$2" in *"import data"*) exit 0;; esac  # the last check; importing torch takes seconds
 exec {sys.executable} "$@"
 """
 
