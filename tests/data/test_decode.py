@@ -1,0 +1,175 @@
+"""Pictures of every kind become upright RGB, and broken or huge ones are refused by name."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.decode import open_image, resize, to_rgb
+from data.keyed import keyed_rng
+from data.source import BadSample, RawSample
+from data.transform import EvalTransform, TrainTransform, random_crop
+from tests.data.shard_files import jpeg, picture
+
+
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """A PNG whose header promises far more than it has."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("reason", "raw"),
+    [
+        ("truncated image", jpeg(1, (200, 150))[:1500]),
+        ("truncated image", encoded(picture(1, (200, 150)), "PNG")[:1500]),
+        ("unreadable image", b"<html>404</html>"),
+        ("unreadable image", b""),
+        ("unreadable image", jpeg(1)[:20]),
+        ("too many pixels", huge_png(25_000, 20_000)),  # 500 megapixels, above Pillow's error
+        ("too many pixels", huge_png(10_000, 9_500)),  # between Pillow's warning and its error
+        ("too many pixels", huge_png(9_000, 9_000)),  # below Pillow's warning, above ours
+    ],
+)
+@pytest.mark.parametrize("transform", [TrainTransform(16), EvalTransform(16)])
+def test_bad_pictures(reason: str, raw: bytes, transform) -> None:
+    with pytest.raises(BadSample) as bad:
+        transform(RawSample(raw, ("a",), "k"), "en", keyed_rng("t", 0))
+    assert bad.value.reason == reason
+
+
+def test_the_pixel_limit_holds_before_decompression(monkeypatch) -> None:
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("decompressed"))
+    with pytest.raises(BadSample, match="200 x 150, the limit is 29999"):
+        open_image(jpeg(1, (200, 150)), max_pixels=29_999)
+    assert open_image(jpeg(1, (200, 150)), max_pixels=30_000).size == (200, 150)
+    with pytest.raises(ValueError, match="Pillow's own limit"):
+        TrainTransform(max_pixels=10**9)
+
+
+def test_every_mode_becomes_rgb() -> None:
+    rgb = picture(1)
+    grey = np.asarray(rgb.convert("L"))
+    for mode in ("L", "CMYK", "YCbCr", "HSV"):
+        assert np.abs(pixels(to_rgb(rgb.convert(mode))) - pixels(rgb.convert(mode).convert("RGB"))).max() == 0
+    palette = rgb.quantize(64)
+    assert np.array_equal(to_rgb(palette), palette.convert("RGB"))
+    sixteen = Image.fromarray(grey.astype(np.uint16) * 257)
+    assert sixteen.mode == "I;16"
+    for image in (sixteen, Image.fromarray(grey.astype(np.int32) * 257), Image.fromarray(grey.astype(np.float32))):
+        assert np.array_equal(to_rgb(image), Image.fromarray(grey).convert("RGB"))
+    reread = open_image(encoded(sixteen, "PNG"))
+    assert np.array_equal(to_rgb(reread), Image.fromarray(grey).convert("RGB"))
+
+
+def test_transparency_lies_on_white() -> None:
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    white = np.full((4, 4, 3), 255)
+    assert np.array_equal(to_rgb(clear), white)
+    assert np.array_equal(to_rgb(Image.new("LA", (4, 4), (0, 0))), white)
+    assert np.abs(pixels(to_rgb(half)) - np.array([255, 127, 127])).max() <= 1
+    palette = Image.new("P", (4, 4), 0)
+    palette.info["transparency"] = 0
+    assert np.array_equal(to_rgb(palette), white)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    raw = encoded(picture(2, (32, 32)), "PNG", exif=exif)
+    expected = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, 1),
+    }[orientation](np.asarray(picture(2, (32, 32))))
+    assert np.array_equal(resize(open_image(raw), (32, 32)), expected)
+
+
+def test_evaluation_squeezes_bicubically() -> None:
+    """VisualGLM: image.resize((224, 224), BICUBIC) and nothing else before the mean and deviation."""
+    raw = jpeg(3, (300, 170))
+    expected = np.asarray(Image.open(io.BytesIO(raw)).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC))
+    for image in (raw, Image.open(io.BytesIO(raw)), np.asarray(Image.open(io.BytesIO(raw)))):
+        tensor = EvalTransform(224).image(image)
+        assert tensor.dtype == torch.uint8 and np.array_equal(tensor.permute(1, 2, 0).numpy(), expected)
+
+
+def test_draft_gives_nearly_the_same_picture() -> None:
+    raw, box = jpeg(4, (640, 480)), (50.0, 20.0, 610.0, 470.0)
+    expected = pixels(resize(open_image(raw), (56, 56), box))
+    image = open_image(raw)
+    found = pixels(resize(image, (56, 56), box, draft=True))
+    assert image.size == (80, 60)  # an eighth, as the box still has 70 x 56.25 pixels for 56 x 56
+    assert np.abs(found - expected).mean() < 1.5
+    image = open_image(raw)
+    resize(image, (224, 224), (0, 0, 300, 225), draft=True)
+    assert image.size == (640, 480)  # half of it would leave 150 pixels for 224
+
+
+def test_crops_cover_the_share_asked_for() -> None:
+    width, height = 640, 480
+    for n in range(300):
+        left, upper, right, lower = random_crop(width, height, (0.5, 1.0), (3 / 4, 4 / 3), keyed_rng("c", 0, n))
+        assert 0 <= left < right <= width and 0 <= upper < lower <= height
+        assert 0.495 <= (right - left) * (lower - upper) / (width * height) <= 1
+        assert 0.74 <= (right - left) / (lower - upper) <= 1.35
+    assert random_crop(1000, 10, (0.5, 1.0), (3 / 4, 4 / 3), keyed_rng("c", 0)) == (493, 0, 506, 10)
+    assert random_crop(1, 1, (0.5, 1.0), (3 / 4, 4 / 3), keyed_rng("c", 0)) == (0, 0, 1, 1)
+
+
+def test_training_is_a_crop_and_a_flip_by_key() -> None:
+    sample = RawSample(picture(5, (64, 64)), ("A dog.",), "k")
+
+    def image(key: int, **options) -> torch.Tensor:
+        tensor, caption = TrainTransform(32, **options)(sample, "en", keyed_rng("t", 0, key))
+        assert caption == "a dog" and tensor.shape == (3, 32, 32) and tensor.dtype == torch.uint8
+        return tensor
+
+    assert torch.equal(image(0), image(0)) and not torch.equal(image(0), image(1))
+    whole = {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    expected = EvalTransform(32).image(sample.image)
+    assert all(torch.equal(image(key, **whole, flip=False), expected) for key in range(5))
+    flipped = [torch.equal(image(key, **whole), expected.flip(2)) for key in range(40)]
+    assert all(f or torch.equal(image(key, **whole), expected) for key, f in enumerate(flipped))
+    assert 10 <= sum(flipped) <= 30
+
+
+def test_real_photographs(shared_dir: Path) -> None:
+    photos = sorted((shared_dir / "data" / "photos" / "images").glob("*.jpg"))
+    if not photos:
+        pytest.skip(f"no photographs in {shared_dir}")
+    for n, photo in enumerate(photos[:20]):
+        expected = EvalTransform(64).image(photo.read_bytes()).double()
+        options = {"scale": (1.0, 1.0), "ratio": (0.01, 100.0), "flip": False}
+        found, _ = TrainTransform(64, **options)(RawSample(photo.read_bytes(), ("a",), "k"), "en", keyed_rng("t", 0, n))
+        assert found.shape == expected.shape and found.double().std() > 5
+        with pytest.raises(BadSample):
+            EvalTransform(64).image(photo.read_bytes()[: photo.stat().st_size // 2])

@@ -1,0 +1,206 @@
+"""Shards from a JSONL or a folder: what goes in comes out, the same bytes every time, and nothing vanishes silently."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data.source.shards import ShardSource
+from tests.data.shard_files import jpeg, picture
+
+ROOT = Path(__file__).resolve().parents[2]
+BOTH = {"zh": "zh", "en": "en"}
+
+
+def pack(*arguments: object, fails: bool = False) -> str:
+    command = [sys.executable, str(ROOT / "scripts" / "pack_shards.py"), *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd="/", env={"PYTHONPATH": str(ROOT), "PATH": "/bin"}
+    )
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr if fails else done.stdout
+
+
+def write_pairs(folder: Path, records: list[dict | bytes]) -> Path:
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines = [
+        record if isinstance(record, bytes) else json.dumps(record, ensure_ascii=False).encode() for record in records
+    ]
+    (folder / "pairs.jsonl").write_bytes(b"\n".join(lines) + b"\n")
+    return folder / "pairs.jsonl"
+
+
+def pairs(folder: Path, number: int) -> Path:
+    records = []
+    for n in range(number):
+        records.append(
+            {"image": f"images/{n}.jpg", "zh": f"第{n}张", "en": [f"number {n}", f"no {n}"], "more": {"n": n}}
+        )
+    file = write_pairs(folder, records)
+    for n in range(number):
+        (folder / "images" / f"{n}.jpg").write_bytes(jpeg(n))
+    return file
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.tar"))}
+
+
+def test_every_pair_arrives(tmp_path: Path) -> None:
+    out = pack(pairs(tmp_path, 25), tmp_path / "out", "--samples-per-shard", 10, "--workers", 2)
+    assert out.splitlines()[-1].startswith("packed 25 samples into 3 shards") and "left out" not in out
+    source = ShardSource(str(tmp_path / "out"), caption_fields=BOTH)
+    samples = [source.read("en", i) for i in range(source.num_samples("en"))]
+    assert [sample.captions for sample in samples] == [(f"number {n}", f"no {n}") for n in range(25)]
+    assert [sample.image for sample in samples] == [jpeg(n) for n in range(25)]
+    assert [sample.key for sample in samples] == [f"{n + 1:08d}" for n in range(25)]
+    assert samples[3].image_id == "sha256:" + sha256(jpeg(3)).hexdigest()
+    with tarfile.open(tmp_path / "out" / "00000.tar") as tar:
+        record = json.load(tar.extractfile("00000003.json"))
+    assert record["more"] == {"n": 2} and record["image"] == "images/2.jpg" and record["zh"] == "第2张"
+
+
+def test_bytes_do_not_depend_on_workers_or_time(tmp_path: Path) -> None:
+    file = pairs(tmp_path, 23)
+    for n, workers in enumerate((1, 3)):
+        pack(file, tmp_path / str(n), "--samples-per-shard", 5, "--workers", workers, "--split", "75/25")
+    expected = contents(tmp_path / "0")
+    assert contents(tmp_path / "1") == expected and len(expected) >= 4
+
+
+def test_split_by_the_name_of_the_picture(tmp_path: Path) -> None:
+    file = pairs(tmp_path, 60)
+    out = pack(file, tmp_path / "both", "--split", "75/25")
+    pack(file, tmp_path / "test_only", "--split", "75/25", "--part", "test")
+    assert contents(tmp_path / "test_only") == contents(tmp_path / "both" / "test")
+    parts = {part: ShardSource(str(tmp_path / "both" / part), caption_fields=BOTH) for part in ("train", "test")}
+    keys = {part: {source.read("zh", i).key for i in range(source.num_samples("zh"))} for part, source in parts.items()}
+    assert not keys["train"] & keys["test"] and len(keys["train"] | keys["test"]) == 60
+    assert 6 <= len(keys["test"]) <= 24
+    assert re.match(r"packed 60 samples into 2 shards: \d+ samples into 1 shard in .*/train, ", out.splitlines()[-1])
+    names = [f"images/{n}.jpg" for n in range(60)]
+    expected = {f"{n + 1:08d}" for n, name in enumerate(names) if sha256(name.encode()).digest()[0] < 64}
+    assert keys["test"] == expected
+
+
+def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+    good = {"image": "images/0.jpg", "zh": "好", "en": "good"}
+    records: list[dict | bytes] = [
+        good,
+        b'{"image": "images/0.jpg", "zh": ',
+        '{"image": "images/0.jpg", "zh": "中文"}'.encode("gbk"),
+        b"[1, 2]",
+        {"img": "images/0.jpg", "zh": "好"},
+        {"image": 5},
+        {"image": "images/none.jpg", "en": "a"},
+        {"image": "images/cut.jpg", "en": "a"},
+        {"image": "images/page.jpg", "en": "a"},
+        {"image": "images/0.jpg", "en": " ", "zh": []},
+        {"image": "images/0.jpg", "en": {"a": 1}},
+        b"",
+        good | {"zh": ["一", "二"]},
+    ]
+    file = write_pairs(tmp_path, records)
+    for name, raw in {"0": jpeg(0), "cut": jpeg(1, (300, 200))[:3000], "page": b"<html>"}.items():
+        (tmp_path / "images" / f"{name}.jpg").write_bytes(raw)
+    out = pack(file, tmp_path / "out")
+    assert "left out 10 of 12 rows" in out
+    assert out.splitlines()[-1].startswith("packed 2 samples into 1 shard")
+    told = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text("utf-8").splitlines()]
+    expected = {
+        2: "not JSON",
+        3: "not UTF-8",
+        4: "not JSON",
+        5: "no image field",
+        6: "no image field",
+        7: "no such picture",
+        8: "truncated image",
+        9: "unreadable image",
+        10: "empty text",
+        11: "caption is not text",
+    }
+    assert {entry["row"]: entry["reason"] for entry in told} == expected
+    assert re.search(r"row 5: field image: found only img, zh; expected a path relative to", out)
+    assert re.search(r"row 11: field en: .*expected a string or a list of strings", out)
+
+
+def test_nothing_to_pack_is_an_error(tmp_path: Path) -> None:
+    file = write_pairs(tmp_path, [{"image": "images/none.jpg", "en": "a"}])
+    out = pack(file, tmp_path / "out", fails=True)
+    assert "no such picture" in out and "none of 1 rows" in out
+    assert "does not exist" in pack(tmp_path / "nothing.jsonl", tmp_path / "out", fails=True)
+    assert "expected train/test like 75/25" in pack(file, tmp_path / "out", "--split", "75", fails=True)
+
+
+def test_earlier_shards_are_not_overwritten_unless_told(tmp_path: Path) -> None:
+    file, out = pairs(tmp_path, 12), tmp_path / "out"
+    pack(file, out, "--samples-per-shard", 4)
+    (out / "mine.txt").write_text("kept")
+    before = contents(out)
+    assert "--overwrite" in pack(file, out, "--samples-per-shard", 100, fails=True)
+    assert contents(out) == before
+    pack(file, out, "--samples-per-shard", 100, "--overwrite")
+    assert list(contents(out)) == ["00000.tar"] and (out / "mine.txt").read_text() == "kept"
+
+
+def test_a_folder_of_pictures_with_text_files(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures" / "deep"
+    folder.mkdir(parents=True)
+    for n in range(3):
+        (folder / f"{n}.jpg").write_bytes(jpeg(n))
+    picture(3).save(folder / "3.png")
+    (folder / "0.zh.txt").write_text("零", encoding="utf-8")
+    (folder / "0.en.txt").write_text("zero", encoding="utf-8")
+    (folder / "1.txt").write_text("one\n", encoding="utf-8")
+    (folder / "3.en.txt").write_text("three", encoding="utf-8")
+    out = pack(tmp_path / "pictures", tmp_path / "out", "--language", "en")
+    assert "left out 1 of 4 rows" in out and "1 empty text" in out
+    source = ShardSource(str(tmp_path / "out"), caption_fields=BOTH)
+    assert [source.read("en", i).captions for i in range(3)] == [("zero",), ("one",), ("three",)]
+    assert source.num_samples("zh") == 1 and source.read("en", 2).image == (folder / "3.png").read_bytes()
+    assert "expected --language zh or --language en" in pack(tmp_path / "pictures", tmp_path / "out2")
+
+
+def test_other_field_names_and_smaller_pictures(tmp_path: Path) -> None:
+    file = write_pairs(
+        tmp_path,
+        [{"image": "images/0.png", "captions_en": ["a", "b"]}, {"image": "images/1.jpg", "captions_en": ["c"]}],
+    )
+    picture(0, (120, 80)).convert("RGBA").save(tmp_path / "images" / "0.png")
+    (tmp_path / "images" / "1.jpg").write_bytes(jpeg(1))
+    pack(file, tmp_path / "out", "--en", "captions_en", "--resize", 40)
+    source = ShardSource(str(tmp_path / "out"), caption_fields={"en": "en"})
+    assert source.read("en", 0).captions == ("a", "b") and source.read("en", 1).image == jpeg(1)
+    small = Image.open(io.BytesIO(source.read("en", 0).image))
+    assert (small.size, small.format, small.mode) == ((60, 40), "JPEG", "RGB")
+
+
+def test_the_shared_drawings(shared_dir: Path, tmp_path: Path) -> None:
+    file = shared_dir / "data" / "bilingual" / "pairs.jsonl"
+    if not file.exists():
+        pytest.skip(f"no {file}")
+    out = pack(file, tmp_path, "--split", "75/25")
+    assert out.splitlines()[-1].startswith("packed 1219 samples into 2 shards")
+    records = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    found = 0
+    for part in ("train", "test"):
+        source = ShardSource(
+            str(tmp_path / part), caption_fields=BOTH, keyword_fields={"zh": "keywords_zh"}, max_keywords=4
+        )
+        for i in range(source.num_samples("zh")):
+            sample = source.read("zh", i)
+            record = records[int(sample.key) - 1]
+            assert sample.captions == (record["zh"],) and sample.keywords == tuple(record["keywords_zh"])
+            assert sample.image == (file.parent / record["image"]).read_bytes()
+            found += 1
+    assert found == 1219 and 280 <= source.num_samples("en") <= 330
