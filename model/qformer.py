@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -242,6 +243,8 @@ class QFormer(nn.Module):
         max_positions: the longest text, in tokens.
         cross_attention_frequency: layers 0, f, 2f, ... look at the image.
         dropout: hidden and attention dropout.
+        initial_std: of the weights that no checkpoint brings; BERT's 0.02 suits its width of 768, and from scratch a
+            narrow Q-Former hardly starts to learn below hidden_size ** -0.5.
     """
 
     def __init__(
@@ -259,6 +262,7 @@ class QFormer(nn.Module):
         dropout: float = 0.1,
         layer_norm_eps: float = 1e-12,
         pad_id: int = 0,
+        initial_std: float = INITIAL_STD,
     ) -> None:
         super().__init__()
         if hidden_size % num_heads:
@@ -281,7 +285,7 @@ class QFormer(nn.Module):
             for index in range(num_layers)
         )
         self.language_head = LanguageHead(self.embedding.word, layer_norm_eps)
-        self.apply(initialise)
+        self.apply(partial(initialise, std=initial_std))
 
     # ------------------------------------------------------------------------------------------------- the passes
 
@@ -358,11 +362,11 @@ class QFormer(nn.Module):
 
 
 @torch.no_grad()
-def initialise(module: nn.Module) -> None:
+def initialise(module: nn.Module, std: float = INITIAL_STD) -> None:
     """BERT's initial weights, for whatever no checkpoint brings."""
     if isinstance(module, nn.Linear | nn.Embedding):
-        module.weight.normal_(0.0, INITIAL_STD)
+        module.weight.normal_(0.0, std)
         if isinstance(module, nn.Linear) and module.bias is not None:
             module.bias.zero_()
     elif isinstance(module, QueryTokens):
-        module.tokens.normal_(0.0, INITIAL_STD)
+        module.tokens.normal_(0.0, std)

@@ -158,6 +158,7 @@ def eva_vit(
     num_heads: int = 16,
     mlp_width: int = 6144,
     layer_norm_eps: float = 1e-6,
+    initial_std: float = 0.02,
     frozen: bool = True,
     dtype: str = "auto",
     ln_eps: float = LAVIS_LN_EPS,
@@ -169,7 +170,8 @@ def eva_vit(
     40th of EVA-CLIP is left out, arXiv 2301.12597 section 3.1; LAVIS `lavis/models/eva_vit.py`).
 
     transformers' `Blip2VisionModel`, whose `post_layernorm` sits where the model's trainable `ln_vision` does and is
-    therefore an identity here.  Weights start random (N(0, 0.02)); `model/weights/` fills them.
+    therefore an identity here.  Weights start random (N(0, initial_std)); `model/weights/` fills them, and a narrow
+    encoder from scratch wants about width ** -0.5.
     """
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
@@ -187,7 +189,7 @@ def eva_vit(
         patch_size=patch_size,
         layer_norm_eps=layer_norm_eps,
         attention_dropout=0.0,
-        initializer_range=0.02,  # the library's 1e-10 is meant to be overwritten, and would never train
+        initializer_range=initial_std,  # the library's 1e-10 is meant to be overwritten, and would never train
         qkv_bias=True,
     )
     network = Blip2VisionModel._from_config(config, attn_implementation="sdpa")
