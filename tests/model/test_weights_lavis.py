@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import pytest
@@ -46,10 +45,11 @@ def test_the_references_tensors_come_out(name: str, wrapped: bool, tmp_path: Pat
 
 def test_there_and_back_again() -> None:
     model, other = small_model(seed=1), small_model(seed=2)
-    with torch.no_grad():  # LAVIS has no bias on the keys
+    with torch.no_grad():
+        for layer in (*model.vision.network.encoder.layers, *other.vision.network.encoder.layers):
+            layer.self_attn.qkv.bias.normal_()
         for layer in model.vision.network.encoder.layers:
-            layer.self_attn.qkv.bias.normal_()[32:64] = 0
-            layer.self_attn.qkv.bias[32:64] = 0
+            layer.self_attn.qkv.bias[32:64] = 0  # LAVIS has no bias on the keys
     tensors = lavis.to_lavis(model, dict(model.named_parameters()))
     assert tensors["temp"].shape == () and tensors["visual_encoder.blocks.1.attn.v_bias"].shape == (32,)
     report = lavis.load_tensors(other, tensors)
@@ -149,8 +149,8 @@ def test_a_file_that_is_a_program_is_not_run(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(ValueError, match="more than tensors"):
         lavis.load(small_model(), path)
     assert "program" not in capsys.readouterr().out
-    path.write_bytes(pickle.dumps([1, 2], protocol=2))
-    with pytest.raises(ValueError, match="only weights are read|no named tensors"):
+    torch.save([1, 2], path)
+    with pytest.raises(ValueError, match="no named tensors"):
         lavis.load(small_model(), path)
     path.write_bytes(b"cut")
     with pytest.raises(ValueError, match="evil.pth"):
