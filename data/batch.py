@@ -37,8 +37,11 @@ class TextCodec(Protocol):
 class Batch(Protocol):
     """What the trainer may know of a batch, whatever the stage."""
 
-    step: int
-    micro_step: int
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def micro_step(self) -> int: ...
 
     def __len__(self) -> int: ...
 

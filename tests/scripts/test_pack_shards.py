@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import re
@@ -21,14 +22,40 @@ ROOT = Path(__file__).resolve().parents[2]
 BOTH = {"zh": "zh", "en": "en"}
 
 
-def pack(*arguments: object, fails: bool = False) -> str:
-    command = [sys.executable, str(ROOT / "scripts" / "pack_shards.py"), *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd="/", env={"PYTHONPATH": str(ROOT), "PATH": "/bin"}
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("pack_shards", ROOT / "scripts" / "pack_shards.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["pack_shards"] = module  # its worker processes look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def pack(script, capsys):
+    """Runs the script in this process and returns what it printed."""
+
+    def run(*arguments: object, fails: bool = False) -> str:
+        capsys.readouterr()
+        try:
+            code = script.main([str(argument) for argument in arguments])
+        except SystemExit as end:
+            code = 1
+            print(end)
+        printed = capsys.readouterr()
+        assert (code != 0) == fails, printed
+        return printed.out + (printed.err if fails else "")
+
+    return run
+
+
+def test_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "pack_shards.py"), str(pairs(tmp_path, 3)), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (
+        done.stdout.splitlines()[-1] == f"packed 3 samples into 1 shard: 3 samples into 1 shard in {tmp_path / 'out'}"
     )
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.stdout + done.stderr if fails else done.stdout
 
 
 def write_pairs(folder: Path, records: list[dict | bytes]) -> Path:
@@ -56,7 +83,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.tar"))}
 
 
-def test_every_pair_arrives(tmp_path: Path) -> None:
+def test_every_pair_arrives(tmp_path: Path, pack) -> None:
     out = pack(pairs(tmp_path, 25), tmp_path / "out", "--samples-per-shard", 10, "--workers", 2)
     assert out.splitlines()[-1].startswith("packed 25 samples into 3 shards") and "left out" not in out
     source = ShardSource(str(tmp_path / "out"), caption_fields=BOTH)
@@ -70,7 +97,7 @@ def test_every_pair_arrives(tmp_path: Path) -> None:
     assert record["more"] == {"n": 2} and record["image"] == "images/2.jpg" and record["zh"] == "第2张"
 
 
-def test_bytes_do_not_depend_on_workers_or_time(tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_workers_or_time(tmp_path: Path, pack) -> None:
     file = pairs(tmp_path, 23)
     for n, workers in enumerate((1, 3)):
         pack(file, tmp_path / str(n), "--samples-per-shard", 5, "--workers", workers, "--split", "75/25")
@@ -78,7 +105,7 @@ def test_bytes_do_not_depend_on_workers_or_time(tmp_path: Path) -> None:
     assert contents(tmp_path / "1") == expected and len(expected) >= 4
 
 
-def test_split_by_the_name_of_the_picture(tmp_path: Path) -> None:
+def test_split_by_the_name_of_the_picture(tmp_path: Path, pack) -> None:
     file = pairs(tmp_path, 60)
     out = pack(file, tmp_path / "both", "--split", "75/25")
     pack(file, tmp_path / "test_only", "--split", "75/25", "--part", "test")
@@ -93,7 +120,7 @@ def test_split_by_the_name_of_the_picture(tmp_path: Path) -> None:
     assert keys["test"] == expected
 
 
-def test_what_is_left_out_is_told(tmp_path: Path) -> None:
+def test_what_is_left_out_is_told(tmp_path: Path, pack) -> None:
     good = {"image": "images/0.jpg", "zh": "好", "en": "good"}
     records: list[dict | bytes] = [
         good,
@@ -134,7 +161,7 @@ def test_what_is_left_out_is_told(tmp_path: Path) -> None:
     assert re.search(r"row 11: field en: .*expected a string or a list of strings", out)
 
 
-def test_nothing_to_pack_is_an_error(tmp_path: Path) -> None:
+def test_nothing_to_pack_is_an_error(tmp_path: Path, pack) -> None:
     file = write_pairs(tmp_path, [{"image": "images/none.jpg", "en": "a"}])
     out = pack(file, tmp_path / "out", fails=True)
     assert "no such picture" in out and "none of 1 rows" in out
@@ -142,7 +169,7 @@ def test_nothing_to_pack_is_an_error(tmp_path: Path) -> None:
     assert "expected train/test like 75/25" in pack(file, tmp_path / "out", "--split", "75", fails=True)
 
 
-def test_earlier_shards_are_not_overwritten_unless_told(tmp_path: Path) -> None:
+def test_earlier_shards_are_not_overwritten_unless_told(tmp_path: Path, pack) -> None:
     file, out = pairs(tmp_path, 12), tmp_path / "out"
     pack(file, out, "--samples-per-shard", 4)
     (out / "mine.txt").write_text("kept")
@@ -153,7 +180,7 @@ def test_earlier_shards_are_not_overwritten_unless_told(tmp_path: Path) -> None:
     assert list(contents(out)) == ["00000.tar"] and (out / "mine.txt").read_text() == "kept"
 
 
-def test_a_folder_of_pictures_with_text_files(tmp_path: Path) -> None:
+def test_a_folder_of_pictures_with_text_files(tmp_path: Path, pack) -> None:
     folder = tmp_path / "pictures" / "deep"
     folder.mkdir(parents=True)
     for n in range(3):
@@ -171,7 +198,7 @@ def test_a_folder_of_pictures_with_text_files(tmp_path: Path) -> None:
     assert "expected --language zh or --language en" in pack(tmp_path / "pictures", tmp_path / "out2")
 
 
-def test_other_field_names_and_smaller_pictures(tmp_path: Path) -> None:
+def test_other_field_names_and_smaller_pictures(tmp_path: Path, pack) -> None:
     file = write_pairs(
         tmp_path,
         [{"image": "images/0.png", "captions_en": ["a", "b"]}, {"image": "images/1.jpg", "captions_en": ["c"]}],
@@ -185,7 +212,7 @@ def test_other_field_names_and_smaller_pictures(tmp_path: Path) -> None:
     assert (small.size, small.format, small.mode) == ((60, 40), "JPEG", "RGB")
 
 
-def test_the_shared_drawings(shared_dir: Path, tmp_path: Path) -> None:
+def test_the_shared_drawings(shared_dir: Path, tmp_path: Path, pack) -> None:
     file = shared_dir / "data" / "bilingual" / "pairs.jsonl"
     if not file.exists():
         pytest.skip(f"no {file}")
