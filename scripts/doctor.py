@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
@@ -104,7 +105,13 @@ def driver_gpus() -> list[dict[str, str]] | None:
     return [dict(zip(keys, row, strict=False)) for row in rows] or None
 
 
-def check_driver(t: Translate, gpus: list[dict[str, str]] | None) -> Check:
+def check_driver(t: Translate, gpus: list[dict[str, str]] | None, seen_by_torch: int = 0) -> Check:
+    if gpus is None and seen_by_torch:  # a container without the tool
+        finding = t(
+            f"no nvidia-smi, but torch sees {seen_by_torch} GPU(s)",
+            f"没有 nvidia-smi，但 torch 看到 {seen_by_torch} 块 GPU",
+        )
+        return Check("driver", "ok", finding)
     if gpus is None:
         return Check(
             "driver",
@@ -222,7 +229,7 @@ def check_attention(t: Translate, torch: Any) -> Check:
     }
     for name, backend in kernels.items():
         try:
-            with sdpa_kernel(backend):
+            with sdpa_kernel(backend), warnings.catch_warnings(action="ignore"):
                 error = (attend(query, key, value).float() - plain).abs().max().item()
         except RuntimeError:  # not built, or not for this device
             continue
@@ -323,14 +330,16 @@ def examine(t: Translate) -> list[Check]:
     checks = guarded(t, "python", lambda: check_python(t))
     checks += guarded(t, "machine", lambda: check_machine(t))
     gpus = driver_gpus()
-    checks += guarded(t, "driver", lambda: check_driver(t, gpus))
     try:
         import torch
     except Exception as error:
+        checks += guarded(t, "driver", lambda: check_driver(t, gpus))
         checks.append(Check("torch", "problem", f"{type(error).__name__}: {error}", "bash scripts/setup.sh"))
     else:
         available = torch.cuda.is_available()
         version, cuda = torch.__version__, torch.version.cuda
+        seen = torch.cuda.device_count() if available else 0
+        checks += guarded(t, "driver", lambda: check_driver(t, gpus, seen))
         checks += guarded(t, "torch", lambda: check_torch(t, version, cuda, available, gpus is not None))
         checks += guarded(t, "gpu", lambda: check_gpus(t, torch))
         for name, check in {

@@ -6,6 +6,7 @@ import ast
 import math
 import re
 import shlex
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -83,6 +84,13 @@ def test_files_that_the_text_names_exist() -> None:
         named = {name for name in named if "/" in name or (ROOT / name).suffix or name == "LICENSE"}
         assert len(named) >= 7
         assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_experiments_that_the_text_names_exist() -> None:
+    for text in (ENGLISH, CHINESE):
+        named = set(re.findall(r"experiment=([\w/]+)", text)) - {"mine"}
+        assert named
+        assert [name for name in sorted(named) if not (ROOT / f"configs/experiment/{name}.yaml").is_file()] == []
 
 
 def test_the_tree_is_the_tree() -> None:
@@ -168,3 +176,47 @@ def test_versions_agree_with_the_package() -> None:
     assert project["requires-python"] == ">=3.11,<3.14"
     for text in (ENGLISH, CHINESE):
         assert re.search(r"Python 3\.11\S? ?3\.12 (or|或) 3\.13|Python 3\.11、3\.12 或 3\.13", text)
+
+
+def readme_experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of configs/ with the README's experiment in it, which `train.config` then reads."""
+    configs = tmp_path / "configs"
+    shutil.copytree(ROOT / "configs", configs)
+    (content,) = [content for language, content in blocks(ENGLISH) if language == "yaml"]
+    (configs / "experiment/mine.yaml").write_text(content + "\n")
+    monkeypatch.setattr("train.config.CONFIG_DIR", configs)
+    return configs
+
+
+def test_the_experiment_composes_and_every_key_it_names_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme_experiment(tmp_path, monkeypatch)
+    from train.config import compose
+
+    config = compose("pretrain", ["experiment=mine"])
+    assert config.data.source.shards.paths == "datasets/mine/train"
+    assert config.run.dir == "outputs/mine"
+    # What the text suggests to set: `train.precision=bf16`, ...
+    for text in (ENGLISH, CHINESE):
+        settings = set(re.findall(r"`((?:run|train|data|model)\.[\w.]+=\w+)`", text))
+        assert len(settings) >= 4
+        compose("pretrain", ["experiment=mine", *sorted(settings - {"train.accumulate=4"}), "train.accumulate=4"])
+
+
+def test_a_mistyped_key_would_be_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = readme_experiment(tmp_path, monkeypatch)
+    from train.config import compose
+
+    experiment = configs / "experiment/mine.yaml"
+    experiment.write_text(experiment.read_text().replace("warmup_steps", "warm_up_steps"))
+    with pytest.raises(ValueError, match="warmup_steps"):
+        compose("pretrain", ["experiment=mine"])
+
+
+def test_names_in_the_log_are_those_of_the_code() -> None:
+    """First column of the table of numbers: each name, or what stands before its slash, is a string in train/."""
+    table = ENGLISH.split("## What the numbers")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    names = {name.split("/")[0] for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+    assert len(names) >= 8
+    code = "\n".join(path.read_text("utf-8") for path in (ROOT / "train").rglob("*.py"))
+    assert [name for name in sorted(names) if f'"{name}"' not in code] == []
