@@ -16,7 +16,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -283,6 +282,8 @@ def check_collectives(t: Translate, torch: Any) -> Check:
 
 def check_packages(t: Translate) -> Check:
     """What pyproject.toml asks for against what is installed."""
+    import tomllib  # here, so that an older Python gets as far as being told that it is too old
+
     from packaging.requirements import Requirement
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]

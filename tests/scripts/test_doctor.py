@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -87,6 +88,23 @@ def test_torch_against_the_driver(
 )
 def test_python_versions(version: tuple[int, int, int], expected: str) -> None:
     assert doctor.check_python(english, version).verdict == expected
+
+
+def test_the_driver_in_a_container_without_nvidia_smi() -> None:
+    assert doctor.check_driver(english, None, seen_by_torch=2).verdict == "ok"
+    assert doctor.check_driver(english, None).verdict == "warning"
+
+
+def test_a_gpu_that_somebody_else_uses() -> None:
+    facts = SimpleNamespace(name="NVIDIA H100", major=9, minor=0)
+    memory = [(70 * doctor.GIB, 80 * doctor.GIB), (60 * doctor.GIB, 80 * doctor.GIB)]  # free, total
+    cuda = SimpleNamespace(
+        device_count=lambda: 2, get_device_properties=lambda i: facts, mem_get_info=lambda i: memory[i]
+    )
+    expected = [("gpu 0", "ok"), ("gpu 1", "warning")]
+    found = list(doctor.check_gpus(english, SimpleNamespace(cuda=cuda)))
+    assert [(check.name, check.verdict) for check in found] == expected
+    assert found[1].finding == "NVIDIA H100 (sm_90), 80.0 GiB: 20.0 used, 60.0 free"
 
 
 def test_space_is_judged_by_its_limits(tmp_path: Path) -> None:
