@@ -6,12 +6,15 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import AvifImagePlugin, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from data.source import BadSample
 
 # Below Pillow's own limit of 89 megapixels, above which it warns and then refuses.
 MAX_PIXELS = 80_000_000
+# Pillow would try every format it knows, among them some that start other programs (EPS).
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
+_REGISTERED = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)  # importing is what makes Pillow know them
 _ORIENTATION = 0x0112
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -35,11 +38,11 @@ def open_image(image: bytes | Image.Image | np.ndarray, *, max_pixels: int = MAX
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-                image = Image.open(io.BytesIO(image))
+                image = Image.open(io.BytesIO(image), formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise BadSample("too many pixels", detail=str(error)) from error
         except UnidentifiedImageError as error:
-            raise BadSample("unreadable image", detail="no format that Pillow knows") from error
+            raise BadSample("unreadable image", detail=f"none of {', '.join(FORMATS)}") from error
         except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, KeyError ... on damaged headers
             raise BadSample("unreadable image", detail=f"{type(error).__name__}: {error}") from error
     if image.width * image.height > max_pixels:

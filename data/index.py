@@ -26,7 +26,7 @@ from tqdm import tqdm
 from data.shard_list import cache_home, locked
 
 VERSION = 1
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff"})
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"})
 PARTS = {"image": IMAGE_EXTENSIONS, "text": frozenset({"txt"}), "json": frozenset({"json"})}
 PART_OF = {extension: part for part, extensions in PARTS.items() for extension in extensions}
 # Offsets are -1 where the member is missing.
@@ -208,6 +208,8 @@ def _places(shard: Path) -> tuple[dict[str, list[int]], Counter[str]]:
         stem, _, extension = base.partition(".")  # webdataset's rule: the key ends at the first dot
         part = PART_OF.get(extension.lower())
         if part is None or not stem:
+            if stem and extension.lower().rpartition(".")[2] in IMAGE_EXTENSIONS:
+                left_out["image with a second dot in its name"] += 1  # to webdataset a field of its own, like seg.png
             continue
         place = places.setdefault(f"{folder}/{stem}" if folder else stem, [-1, 0, -1, 0, -1, 0])
         column = columns[part]

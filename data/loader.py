@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -116,7 +117,8 @@ class Loader:
         accumulate: micro-steps of one optimizer step; the contrastive batch is the global one divided by it.
         seed: decides order, crops and caption choice.
         rank, num_ranks: which contiguous share of every contrastive batch is made here.
-        num_workers: processes that decode; 0 decodes in the training process.  The batches are the same.
+        num_workers: processes that decode; 0 decodes in the training process, None takes one for each core this rank
+            has.  The batches are the same.
         max_text_tokens: captions are cut to this many tokens, [CLS] and [SEP] included.
         max_skip_rate, skip_window: see `SkipMonitor`; `skip_monitor` is for the trainer to feed.
         prefetch: micro-batches that each worker prepares ahead.
@@ -138,7 +140,7 @@ class Loader:
         seed: int = 0,
         rank: int = 0,
         num_ranks: int = 1,
-        num_workers: int = 0,
+        num_workers: int | None = 0,
         max_text_tokens: int = 32,
         max_skip_rate: float = 0.01,
         skip_window: int = 1000,
@@ -155,7 +157,8 @@ class Loader:
         if not sources:
             raise ValueError("data.source is empty: expected at least one source, e.g. data.source.mine with its paths")
         self.sources, self.transform = dict(sources), transform
-        self.global_batch_size, self.accumulate, self.num_workers = global_batch_size, accumulate, num_workers
+        self.global_batch_size, self.accumulate = global_batch_size, accumulate
+        self.num_workers = _cores_of_a_rank() if num_workers is None else num_workers
         self.prefetch = prefetch
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.plan = mixture.plan(self.sources, seed=seed)
@@ -193,6 +196,7 @@ class Loader:
             # fork: workers share the index arrays instead of getting a copy each
             parallel = {"multiprocessing_context": "fork", "worker_init_fn": _one_thread}
             parallel["prefetch_factor"] = self.prefetch
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive a fork
         return DataLoader(
             self._micro_batches,
             batch_size=None,
@@ -238,6 +242,11 @@ class _Numbers:
 
     def __iter__(self) -> Iterator[int]:
         return itertools.count(self.first)
+
+
+def _cores_of_a_rank() -> int:
+    """Cores of this machine that may be used, divided by the ranks on it (torchrun and deepspeed tell); at most 16."""
+    return min(16, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def _one_thread(worker: int) -> None:

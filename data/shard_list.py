@@ -9,7 +9,8 @@ import shutil
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from glob import glob
 from hashlib import blake2b
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 
 from braceexpand import braceexpand
+from tqdm import tqdm
 
 REMOTE = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 FETCH_ATTEMPTS = 3
+FETCHES = 8  # at a time
 
 
 def cache_home() -> Path:
@@ -80,11 +83,13 @@ def _filesystem(url: str) -> tuple[Any, str]:
 def local_copy(address: str, cache_dir: Path) -> Path:
     """A local file with the content of `address`; remote ones are fetched whole, once per machine.
 
-    Raises ValueError where it cannot be fetched completely.
+    Raises ValueError where it cannot be fetched completely, FileNotFoundError where there is none.
     """
     if not REMOTE.match(address):
         return Path(address)
-    folder = cache_dir / blake2b(address.rsplit("/", 1)[0].encode(), digest_size=8).hexdigest()
+    # shards of one folder stay together; behind a query (get?file=3.tar) every address is a place of its own
+    place = address if "?" in address else address.rpartition("/")[0]
+    folder = cache_dir / blake2b(place.encode(), digest_size=8).hexdigest()
     target = folder / address.rsplit("/", 1)[1].split("?")[0]
     if target.exists():
         return target
@@ -95,13 +100,27 @@ def local_copy(address: str, cache_dir: Path) -> Path:
     return target
 
 
-def optional_local_copy(address: str, cache_dir: Path) -> Path | None:
-    """The same for a file that may be missing (the parquet beside a shard)."""
-    try:
-        path = local_copy(address, cache_dir)
-    except ValueError:
-        return None
-    return path if path.exists() else None
+def local_copies(addresses: Sequence[str], cache_dir: Path, *, with_parquet: bool) -> list[Path]:
+    """All shards as local files, several fetched at a time; `with_parquet` brings img2dataset's tables along.
+
+    Raises ValueError naming the first shard that cannot be had.
+    """
+
+    def fetch(address: str) -> Path:
+        try:
+            shard = local_copy(address, cache_dir)
+        except FileNotFoundError as error:
+            raise ValueError(f"no shard at {address}: {error}") from error
+        if with_parquet and REMOTE.match(address):
+            with suppress(FileNotFoundError):  # then the language stands in the JSON
+                local_copy(address.removesuffix(".tar") + ".parquet", cache_dir)
+        return shard
+
+    num_remote = sum(REMOTE.match(address) is not None for address in addresses)
+    with ThreadPoolExecutor(FETCHES) as pool:
+        fetched = pool.map(fetch, addresses)
+        hidden = None if num_remote else True
+        return list(tqdm(fetched, desc="fetching", unit="shard", total=len(addresses), disable=hidden))
 
 
 def _fetch(address: str, target: Path) -> None:
@@ -110,8 +129,13 @@ def _fetch(address: str, target: Path) -> None:
     for _ in range(FETCH_ATTEMPTS):
         try:
             expected = _download(address, part)
+        except FileNotFoundError:
+            raise
         except HTTPError as error:
-            raise ValueError(f"{address}: the server answered {error.code} {error.reason}") from error
+            if error.code in {404, 410}:
+                raise FileNotFoundError(f"the server answered {error.code} {error.reason}") from error
+            problem = f"the server answered {error.code} {error.reason}"
+            continue
         except (OSError, URLError) as error:
             problem = str(error)
             continue

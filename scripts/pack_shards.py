@@ -34,11 +34,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.decode import open_image, upright
+from data.index import IMAGE_EXTENSIONS
 from data.source import BadSample
 
 LANGUAGES = ("zh", "en")
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
-PICTURES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
+PICTURES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 NUM_SHOWN = 3  # rows named per reason
 OWN_FILES = re.compile(r"\d{5}\.tar|\d{5}\.[0-9a-f]{8}\.index\.npz|left_out\.jsonl")
 
@@ -171,9 +171,7 @@ class Packer:
         try:
             raw = path.read_bytes()
             image = open_image(raw)
-            extension = EXTENSIONS.get(image.format or "")
-            if extension is None:
-                raise LeftOut("picture format", f"{record['image']}: {image.format}; expected {', '.join(EXTENSIONS)}")
+            extension = {"JPEG": "jpg", "MPO": "jpg"}.get(image.format or "", (image.format or "").lower())
             if self.shorter_side is not None and min(image.size) > self.shorter_side:
                 return _shrunk(image, self.shorter_side), "jpg"
             image.draft("RGB", (1, 1))  # entropy decoding finds a cut, and the rest can be had small

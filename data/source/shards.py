@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.index import Layout, ShardIndex, load_indexes, read_json
-from data.shard_list import cache_home, expand_shards, local_copy, optional_local_copy
+from data.shard_list import cache_home, expand_shards, local_copies
 from data.source import BadSample, RawSample
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ class ShardSource:
         self.layout = Layout(language, language_field, dict(caption_fields) if caption_fields else None)
         self.keyword_fields, self.max_keywords = dict(keyword_fields or {}), max_keywords
         self.image_id_fields = tuple(image_id_fields)
-        self.shards = _local_shards(expand_shards(paths), Path(cache_dir) if cache_dir else cache_home() / "shards")
+        cache = Path(cache_dir) if cache_dir else cache_home() / "shards"
+        self.shards = local_copies(expand_shards(paths), cache, with_parquet=language_field is not None)
         self._join(load_indexes(self.shards, self.layout, name=name, workers=index_workers))
         self._open: OrderedDict[int, FileIO] = OrderedDict()
 
@@ -200,13 +201,3 @@ def _strings(value: object, where: Mapping[str, str]) -> tuple[str, ...]:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return tuple(value)
     raise BadSample("caption is not text", detail=repr(value)[:80], **where)
-
-
-def _local_shards(addresses: Sequence[str], cache_dir: Path) -> list[Path]:
-    shards = []
-    for address in addresses:
-        shard = local_copy(address, cache_dir)
-        if str(shard) != address:
-            optional_local_copy(address.removesuffix(".tar") + ".parquet", cache_dir)
-        shards.append(shard)
-    return shards

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -50,9 +52,11 @@ def huge_png(width: int, height: int) -> bytes:
         ("too many pixels", huge_png(25_000, 20_000)),  # 500 megapixels, above Pillow's error
         ("too many pixels", huge_png(10_000, 9_500)),  # between Pillow's warning and its error
         ("too many pixels", huge_png(9_000, 9_000)),  # below Pillow's warning, above ours
+        ("unreadable image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"),  # runs Ghostscript
     ],
+    ids=["jpeg", "png", "page", "empty", "header", "500 megapixels", "95 megapixels", "81 megapixels", "postscript"],
 )
-@pytest.mark.parametrize("transform", [TrainTransform(16), EvalTransform(16)])
+@pytest.mark.parametrize("transform", [TrainTransform(16), EvalTransform(16)], ids=["train", "eval"])
 def test_bad_pictures(reason: str, raw: bytes, transform) -> None:
     with pytest.raises(BadSample) as bad:
         transform(RawSample(raw, ("a",), "k"), "en", keyed_rng("t", 0))
@@ -66,6 +70,18 @@ def test_the_pixel_limit_holds_before_decompression(monkeypatch) -> None:
     assert open_image(jpeg(1, (200, 150)), max_pixels=30_000).size == (200, 150)
     with pytest.raises(ValueError, match="Pillow's own limit"):
         TrainTransform(max_pixels=10**9)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
+def test_every_format_in_a_fresh_process(kind: str, tmp_path: Path) -> None:
+    """Nothing has loaded Pillow's plugins there."""
+    (tmp_path / "picture").write_bytes(encoded(picture(1, (64, 64)), kind))
+    code = (
+        "import sys; from data.decode import *; print(resize(open_image(open(sys.argv[1], 'rb').read()), (2, 2)).size)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "picture")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stdout == "(2, 2)\n", done.stderr
 
 
 def test_every_mode_becomes_rgb() -> None:
