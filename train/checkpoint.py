@@ -1,12 +1,12 @@
 """Checkpoints that are whole or not there, independent of ranks and ZeRO stage, without a pickle.
 
-    checkpoints/step_<n>/weights.safetensors      trainable weights by parameter name, fp32 (they are the master weights)
-                         optimizer.safetensors    <parameter>.exp_avg, .exp_avg_sq, .step
-                         random.safetensors       random states of every rank
-                         state.json               step, data fingerprint, frozen weights' names and hash, versions
-                         config.yaml              the resolved config
-                         complete                 written last: file sizes, so that a cut file is noticed too
-    checkpoints/latest -> step_<n>
+checkpoints/step_<n>/weights.safetensors      trainable weights by parameter name, fp32: the master weights
+                     optimizer.safetensors    <parameter>.exp_avg, .exp_avg_sq, .step
+                     random.safetensors       random states of every rank
+                     state.json               step, data fingerprint, frozen weights' names and hash, versions
+                     config.yaml              the resolved config
+                     complete                 written last: file sizes, so that a cut file is noticed too
+checkpoints/latest -> step_<n>
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ class Checkpoints:
 
 
 def load_weights(stage: nn.Module, folder: Path) -> None:
-    """Trainable weights into the stage, before an engine divides them.  Names and shapes must be exactly the stage's."""
+    """Trainable weights into the stage, before an engine divides them.  Names and shapes must be the stage's."""
     trainable = {name: p for name, p in stage.named_parameters() if p.requires_grad}
     with safe_open(folder / "weights.safetensors", "pt") as file:
         names = set(file.keys())
@@ -180,7 +180,7 @@ def frozen_fingerprint(stage: nn.Module) -> dict[str, Any]:
         if not parameter.requires_grad:
             names.append(name)
             digest.update(name.encode())
-            digest.update(parameter.detach().to("cpu").contiguous().view(torch.uint8).numpy())
+            digest.update(parameter.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)
     return {"names": names, "sha256": digest.hexdigest()}
 
 

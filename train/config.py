@@ -1,7 +1,7 @@
 """Configs: composed by Hydra, held to a schema, and refused before anything heavy is imported.
 
-A key is checked against the dataclasses below, or, in a node with `_target_`, against the signature it names, or, in the
-DeepSpeed section, against DeepSpeed's own keys (`config_check.py`).  `build` makes objects out of checked nodes.
+A key is checked against the dataclasses below, or, in a node with `_target_`, against the signature it names, or, in
+the DeepSpeed section, against DeepSpeed's own keys (`config_check.py`).  `build` makes objects out of checked nodes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def key(default: Any, help: str, **rules: Any) -> Any:
 @dataclass
 class WandbConfig:
     mode: str = key(
-        "offline", "offline writes into the run directory, online also uploads", choices=("offline", "online", "disabled")
+        "offline",
+        "offline writes into the run directory, online also uploads",
+        choices=("offline", "online", "disabled"),
     )
     project: str = key("queqiao", "wandb project")
     timeout: float = key(20.0, "seconds that wandb may take to start before training goes on without it", least=0)
@@ -74,13 +76,14 @@ class OptimConfig:
     beta2: float = key(0.98, "AdamW's decay of the mean squared gradient: the paper's; LAVIS's code has 0.999", least=0)
     eps: float = key(1e-8, "AdamW's epsilon", least=0)
     temperature_decay: bool = key(False, "weight decay on the temperature too, as LAVIS has it")
-    part_lr: dict[str, float] = key(dict, "beginning of a parameter's name -> peak learning rate of its own", free="any")
+    part_lr: dict[str, float] = key(dict, "beginning of a parameter's name -> peak lr of its own", free="any")
 
 
 @dataclass
 class EngineConfig:
-    zero_stage: int = key(0, "what DeepSpeed divides among ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights",
-                          choices=(0, 1, 2, 3))
+    zero_stage: int = key(
+        0, "what is divided among ranks: 0 nothing, 1 optimizer, 2 and gradients, 3 and weights", choices=(0, 1, 2, 3)
+    )
     offload: bool = key(False, "optimizer state (ZeRO-3: weights too) in host memory")
     deepspeed: dict[str, Any] = key(dict, "more of DeepSpeed's own configuration, merged over ours", free="deepspeed")
 
@@ -95,7 +98,9 @@ class TrainConfig:
     eval_every: int = key(5000, "steps between evaluations; 0 evaluates never, otherwise at the end too", least=0)
     keep_checkpoints: int = key(3, "newest complete checkpoints that are kept; 0 keeps all", least=0)
     precision: str = key(
-        "auto", "auto: bf16 on a GPU, fp32 on a CPU; trainable weights are fp32", choices=("auto", "fp32", "bf16", "fp16")
+        "auto",
+        "auto: bf16 on a GPU, fp32 on a CPU; trainable weights are fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
     )
     clip_grad_norm: float = key(1.0, "2-norm the whole gradient is clipped to; 0 does not clip", least=0)
     loss: Any = key(None, "the objectives", free="target")
@@ -123,7 +128,9 @@ class Config:
     model: dict[str, Any] = key(dict, "the networks: one node per group in configs/model", free="groups")
 
 
-def compose(name: str, overrides: Sequence[str] = (), *, schema: type = Config) -> DictConfig:
+def compose(
+    name: str, overrides: Sequence[str] = (), *, schema: type = Config, config_dir: Path = CONFIG_DIR
+) -> DictConfig:
     """`configs/<name>.yaml` with Hydra overrides, every key and value checked.
 
     Raises:
@@ -134,21 +141,23 @@ def compose(name: str, overrides: Sequence[str] = (), *, schema: type = Config) 
     from hydra.errors import HydraException
 
     # Forced, a mistyped key on the command line arrives here and gets the same answer as one in a file.
-    forced = [as_forced(override, CONFIG_DIR) for override in overrides]
+    forced = [as_forced(override, config_dir) for override in overrides]
     try:
-        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+        with initialize_config_dir(str(config_dir), version_base="1.3"):
             config = hydra_compose(name, forced, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_plain(error)) from None
-    places = Places(CONFIG_DIR, name, overrides, dict(config.hydra.runtime.choices))
+    places = Places(config_dir, name, overrides, dict(config.hydra.runtime.choices))
     OmegaConf.set_struct(config, False)
     del config["hydra"]
 
-    problems = unknown_keys(OmegaConf.to_container(config), schema, places, CONFIG_DIR)
+    problems = unknown_keys(OmegaConf.to_container(config), schema, places, config_dir)
     if problems:
         raise ConfigError("\n".join(problems))
     try:
-        config = OmegaConf.merge(OmegaConf.structured(schema), config)
+        merged = OmegaConf.merge(OmegaConf.structured(schema), config)
+        assert isinstance(merged, DictConfig)
+        config = merged
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
         where = places.of(tuple(str(error.full_key or "").split(".")))
@@ -160,7 +169,6 @@ def compose(name: str, overrides: Sequence[str] = (), *, schema: type = Config) 
     problems = choices_and_bounds(config, schema, places)
     if problems:
         raise ConfigError("\n".join(problems))
-    assert isinstance(config, DictConfig)
     return config
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 PACKAGES = ("data", "model", "train", "serve")
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_"}
@@ -35,9 +35,9 @@ OURS = {
 DEEPSPEED_KEYS = {
     "activation_checkpointing", "aio", "comms_logger", "communication_data_type", "compile", "csv_monitor",
     "data_types", "disable_allgather", "dump_state", "flops_profiler", "gradient_allreduce_op",
-    "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients", "seq_parallel_communication_data_type",
-    "steps_per_print", "tensorboard", "timers", "torch_autocast", "wall_clock_breakdown", "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer", "zero_optimization",
+    "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients",
+    "seq_parallel_communication_data_type", "steps_per_print", "tensorboard", "timers", "torch_autocast",
+    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
 }  # fmt: skip
 # Sections that DeepSpeed reads without a model that could be asked for its keys.
 DEEPSPEED_PLAIN = {
@@ -78,7 +78,7 @@ class Places:
                 self.chosen.append(config_dir / group.partition("@")[0] / f"{choice}.yaml")
 
     def of(self, path: Path_) -> str:
-        """"on the command line: ..." or "configs/train/optim/adamw.yaml, line 3"."""
+        """ "on the command line: ..." or "configs/train/optim/adamw.yaml, line 3"."""
         dotted = ".".join(path)
         for override in self.overrides:
             written = override.lstrip("+~").partition("=")[0]
@@ -97,8 +97,8 @@ class Places:
         text = file.read_text(encoding="utf-8")
         package = file.relative_to(self.config_dir).parent.parts
         header = text[:200].partition("@package")[2].split()
-        if header[:1] == ["_global_"]:
-            package = ()
+        if header:
+            package = () if header[0] == "_global_" else tuple(header[0].split("."))
         for at in range(len(package), len(path)):
             # A group's file may have been put deeper (`data/source@data.source.photos`), never higher.
             if path[: len(package)] == package:
@@ -117,13 +117,19 @@ def _line_of(node: Any, path: Path_) -> int | None:
 
 
 def unknown_keys(config: Any, schema: type, places: Places, config_dir: Path) -> list[str]:
-    """One sentence for each key that is no key."""
-    return list(_Checker(schema, places, config_dir).dataclass_keys(config, schema, ()))
+    """One sentence for each key that is no key.  What needs no import is looked at first."""
+    checker = _Checker(schema, places, config_dir)
+    problems = list(checker.dataclass_keys(config, schema, ()))
+    if not problems:
+        checker.imports = True
+        problems = list(checker.dataclass_keys(config, schema, ()))
+    return problems
 
 
 class _Checker:
     def __init__(self, schema: type, places: Places, config_dir: Path):
         self.places, self.config_dir = places, config_dir
+        self.imports = False  # whether signatures and DeepSpeed may be asked
         self.elsewhere = {path[-1]: ".".join(path) for path in _schema_paths(schema)}
 
     def dataclass_keys(self, config: Mapping[str, Any], schema: type, path: Path_) -> Iterator[str]:
@@ -177,6 +183,8 @@ class _Checker:
         if not isinstance(name, str) or name.partition(".")[0] not in PACKAGES:
             yield f"{'.'.join(path)}._target_={name}: may only point into {', '.join(PACKAGES)} ({where})"
             return
+        if not self.imports:
+            return
         try:
             parameters = inspect.signature(find(name)).parameters
         except (ImportError, AttributeError) as error:
@@ -205,10 +213,10 @@ class _Checker:
             elif name not in DEEPSPEED_KEYS:
                 yield self.unknown(here, DEEPSPEED_KEYS)
             elif isinstance(value, Mapping):
-                known = DEEPSPEED_PLAIN.get(name)
-                yield from self.plain(value, known, here) if known else self.pydantic(
-                    value, _deepspeed_model(DEEPSPEED_MODELS[name]) if name in DEEPSPEED_MODELS else None, here
-                )
+                if name in DEEPSPEED_PLAIN:
+                    yield from self.plain(value, DEEPSPEED_PLAIN[name], here)
+                elif name in DEEPSPEED_MODELS and self.imports:
+                    yield from self.pydantic(value, _deepspeed_model(DEEPSPEED_MODELS[name]), here)
 
     def plain(self, section: Mapping[str, Any], known: Iterable[str], path: Path_) -> Iterator[str]:
         for name in section:
@@ -223,13 +231,16 @@ class _Checker:
             if name not in known:
                 yield self.unknown((*path, str(name)), known)
             elif name == "stage" and path[-1] == "zero_optimization":
-                yield f"{'.'.join((*path, 'stage'))}: set train.engine.zero_stage instead ({self.places.of((*path, 'stage'))})"
+                where = self.places.of((*path, "stage"))
+                yield f"{'.'.join((*path, 'stage'))}: set train.engine.zero_stage instead ({where})"
             elif isinstance(value, Mapping):
                 inner = [t for t in _arguments(known[name].annotation) if hasattr(t, "model_fields")]
                 yield from self.pydantic(value, inner[0] if inner else None, (*path, str(name)))
 
     def unknown(self, path: Path_, known: Iterable[str]) -> str:
         name, parent, known = path[-1], ".".join(path[:-1]), sorted(known)
+        if not parent:
+            known.append("experiment")  # a choice of the command line, in no config
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         if close:
             advice = f"did you mean {'.'.join((*path[:-1], close[0]))}?"
@@ -284,9 +295,10 @@ def as_forced(override: str, config_dir: Path) -> str:
     if "/" in name:
         groups = [str(p.relative_to(config_dir)) for p in config_dir.rglob("*") if p.is_dir()]
         close = difflib.get_close_matches(name, groups, n=1)
-        raise ConfigError(f"no config group {name} (on the command line: {override})" + (
-            f": did you mean {close[0]}?" if close else f"; groups: {', '.join(sorted(groups))}"
-        ))
+        raise ConfigError(
+            f"no config group {name} (on the command line: {override})"
+            + (f": did you mean {close[0]}?" if close else f"; groups: {', '.join(sorted(groups))}")
+        )
     return "++" + override.lstrip("+")
 
 
@@ -343,7 +355,3 @@ def _cuda_visible() -> bool:
 
 def _arguments(annotation: Any) -> list[Any]:
     return [annotation, *typing.get_args(annotation)]
-
-
-def is_node(value: Any) -> bool:
-    return OmegaConf.is_dict(value) and "_target_" in value

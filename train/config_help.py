@@ -23,7 +23,8 @@ def help_text(name: str, overrides: Sequence[str], schema: type, config_dir: Pat
         parts += ["", f"{group} = {' | '.join(file.stem for file in files)}"]
         if group.parts[0] != "experiment":
             for file in files:
-                parts += [f"  {group}={file.stem}", textwrap.indent(file.read_text(encoding="utf-8").rstrip(), "    | ")]
+                text = file.read_text(encoding="utf-8").rstrip()
+                parts += [f"  {group}={file.stem}", textwrap.indent(text, "    | ")]
     return "\n".join(parts)
 
 

@@ -24,7 +24,7 @@ OPTIMIZER_KEYS = ("exp_avg", "exp_avg_sq")
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """"auto" is bf16 on a GPU that has it and fp32 on a CPU; impossible wishes are refused here."""
+    """ "auto" is bf16 on a GPU that has it and fp32 on a CPU; impossible wishes are refused here."""
     if precision == "auto":
         if device.type != "cuda":
             return "fp32"
@@ -89,10 +89,7 @@ class Engine:
         stage.to(device)
         # lr 0 until the first step: ZeRO-3 runs the optimizer once on zero gradients while it builds its states.
         optimizer = torch.optim.AdamW(
-            [
-                {"params": list(g.parameters), "lr": 0.0, "weight_decay": g.weight_decay, "name": g.name}
-                for g in groups
-            ],
+            [{"params": list(g.parameters), "lr": 0.0, "weight_decay": g.weight_decay, "name": g.name} for g in groups],
             betas=betas,
             eps=eps,
             fused=device.type == "cuda" or offload,
@@ -198,7 +195,7 @@ class Engine:
             self._utils.safe_set_full_optimizer_state(parameter, value, key)
         else:
             # safe_set_full_optimizer_state forgets that the last rank's part is padded, so hand over the part itself.
-            part_size = parameter.ds_tensor.numel()
+            part_size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
             padded = value.new_zeros(part_size * dist.get_world_size())
             padded[: value.numel()] = value.flatten()
             part = padded[part_size * dist.get_rank() :][:part_size]
@@ -253,7 +250,7 @@ class Engine:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """The training's autocast, and every parameter whole on every rank (which costs something under ZeRO-3 only)."""
+        """The training's autocast, and every parameter whole on every rank (which costs under ZeRO-3 only)."""
         with ExitStack() as stack:
             if self.precision != "fp32":
                 stack.enter_context(torch.autocast(self.device.type, dtype=PRECISIONS[self.precision]))

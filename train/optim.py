@@ -99,7 +99,7 @@ def format_table(rows: Sequence[Sequence[str]]) -> str:
     """Rows of text as an aligned table: the first row is the head, the first column words, the others numbers."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
     lines.insert(1, "  ".join("-" * w for w in widths))

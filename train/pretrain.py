@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ def main() -> None:
     run = start(config)
     sources, codec, loader = build_data(config, run)
     stage = build_stage(config, run, codec)
-    train(config, run, stage, loader, build_evaluators(config, codec))
+    train(config, run, stage, loader, build_evaluators(config, codec), flops_per_sample=flops_counter(stage.model))
     finish()
 
 
@@ -65,7 +65,7 @@ def build_tokenizer(config: DictConfig, run: Any, sources: Any) -> Any:
     return CaptionTokenizer(str(folder))
 
 
-def some_captions(sources: Mapping[str, Any], at_most: int = 4000) -> list[str]:
+def some_captions(sources: Mapping[str, Any], at_most: int = 2000) -> list[str]:
     """Cleaned captions, evenly from every source and language, to train a small tokenizer on."""
     from data.caption import clean_caption
     from data.source import BadSample
@@ -87,9 +87,7 @@ def build_stage(config: DictConfig, run: Any, codec: Any) -> Any:
     from train.stage import Stage
 
     vision = build(config.model.vision)
-    qformer = build(
-        config.model.qformer, vocab_size=codec.vocab_size, pad_id=codec.pad_id, image_width=vision.width
-    )
+    qformer = build(config.model.qformer, vocab_size=codec.vocab_size, pad_id=codec.pad_id, image_width=vision.width)
     model = build(config.model.image_text, vision=vision, qformer=qformer)
     report = build(config.model.weights)(model)
     run.say(str(report))
@@ -98,6 +96,14 @@ def build_stage(config: DictConfig, run: Any, codec: Any) -> Any:
 
 def build_evaluators(config: DictConfig, codec: Any) -> list[Any]:
     return [build(node, codec=codec, name=name) for name, node in config.train.evaluator.items()]
+
+
+def flops_counter(model: Any) -> Callable[[Any], float]:
+    """Batch -> FLOPs of training on one of its samples; an encoder that trains along costs three times its forward."""
+    image = model.vision.flops_per_image() * (1 if model.vision.frozen else 3)
+    return lambda batch: (
+        image + model.train_flops_per_sample(num_image_tokens=model.vision.num_tokens, text_length=batch.text_length)
+    )
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,14 +53,22 @@ def start(config: DictConfig) -> Run:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
     ranks.barrier()
-    if config.run.deterministic:
+    if config.run.deterministic and device.type == "cuda":  # on a CPU everything used here is
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     seed_everything(config.run.seed)  # the same on every rank, so that all make the same weights
     return Run(device, ranks, run_dir)
 
 
-def train(config: DictConfig, run: Run, stage: nn.Module, loader: Loader, evaluators: Sequence[Any]) -> int:
+def train(
+    config: DictConfig,
+    run: Run,
+    stage: nn.Module,
+    loader: Loader,
+    evaluators: Sequence[Any],
+    *,
+    flops_per_sample: Callable[[Any], float] | None = None,
+) -> int:
     """Resumes or begins, trains, and leaves everything on disk.  Returns the number of steps done."""
     device, ranks = run.device, run.ranks
     precision = resolve_precision(config.train.precision, device)
@@ -110,6 +118,7 @@ def train(config: DictConfig, run: Run, stage: nn.Module, loader: Loader, evalua
         log_every=config.train.log_every,
         save_every=config.train.save_every,
         eval_every=config.train.eval_every if evaluators else 0,
+        flops_per_sample=flops_per_sample,
     )
     try:
         done = trainer.fit(first_step)
@@ -233,9 +242,7 @@ def _tracker(config: DictConfig, run: Run, first_step: int) -> Tracker:
         writer = WandbWriter(
             run.dir, name=config.run.name, project=wandb.project, mode=wandb.mode, timeout=wandb.timeout, config=plain
         )
-    return Tracker(
-        run.dir, first_step=first_step, steps=config.train.steps, is_first=run.ranks.is_first, writer=writer
-    )
+    return Tracker(run.dir, first_step=first_step, steps=config.train.steps, is_first=run.ranks.is_first, writer=writer)
 
 
 def _trained_table(stage: nn.Module, precision: str) -> str:
@@ -258,7 +265,8 @@ def _trained_table(stage: nn.Module, precision: str) -> str:
 def _batch_line(config: DictConfig, ranks: Ranks, device: torch.device, precision: str) -> str:
     size, accumulate = config.train.global_batch_size, config.train.accumulate
     return (
-        f"\nglobal batch {size} = {ranks.count} rank(s) x {accumulate} micro-step(s) x {size // accumulate // ranks.count}"
+        f"\nglobal batch {size} = {ranks.count} rank(s) x {accumulate} micro-step(s) x "
+        f"{size // accumulate // ranks.count}"
         f"; contrastive batch {size // accumulate} (global batch / train.accumulate)\n"
         f"{device.type}, {precision}, ZeRO-{config.train.engine.zero_stage}"
         f"{' with offload' if config.train.engine.offload else ''}; steps {config.train.steps}"

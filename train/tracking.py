@@ -76,9 +76,7 @@ class Writer(Protocol):
 class WandbWriter:
     """wandb in a thread of its own: a dead network, a full disk or a missing account never hold up a step."""
 
-    def __init__(
-        self, run_dir: Path, *, name: str, project: str, mode: str, timeout: float, config: Mapping[str, Any]
-    ):
+    def __init__(self, run_dir: Path, *, name: str, project: str, mode: str, timeout: float, config: Mapping[str, Any]):
         self._queue: queue.Queue[tuple[int, dict[str, float], dict[str, Any]] | None] = queue.Queue(maxsize=10_000)
         self._timeout = timeout
         self.problem: str | None = None
@@ -111,9 +109,7 @@ class WandbWriter:
                 id=_wandb_id(run_dir),
                 resume="allow",
                 dir=str(run_dir),
-                settings=wandb.Settings(
-                    init_timeout=self._timeout, silent=True, console="off", x_disable_stats=True, x_save_requirements=False
-                ),
+                settings=wandb.Settings(init_timeout=self._timeout, silent=True, console="off", x_disable_stats=True),
             )
             while (item := self._queue.get()) is not None:
                 step, values, pictures = item

@@ -31,7 +31,8 @@ class Trainer:
     """Steps `first_step` to `steps` of a run.
 
     A step's number counts finished steps: line n of metrics.jsonl, checkpoint n and evaluation n all see the weights
-    after n updates, so a run that resumes at n goes on with line n + 1.
+    after n updates, so a run that resumes at n goes on with line n + 1.  `flops_per_sample(batch)` is what training on
+    one sample of such a batch costs, for the log.
     """
 
     def __init__(
@@ -51,13 +52,14 @@ class Trainer:
         log_every: int,
         save_every: int,
         eval_every: int,
+        flops_per_sample: Callable[[Any], float] | None = None,
     ) -> None:
         self.engine, self.loader, self.ranks, self.tracker = engine, loader, ranks, tracker
         self.checkpoints, self.evaluators, self.lr_factor = checkpoints, evaluators, lr_factor
         self.checkpoint_state, self.config_yaml = dict(checkpoint_state), config_yaml
         self.steps, self.global_batch_size = steps, global_batch_size
         self.log_every, self.save_every, self.eval_every = log_every, save_every, eval_every
-        self.device = engine.device
+        self.device, self.flops_per_sample = engine.device, flops_per_sample
         self._finite = torch.ones((), device=self.device, dtype=torch.bool)
         self._skips = 0
         self._restart_clock()
@@ -122,7 +124,7 @@ class Trainer:
         return agreed, bool(stopping)
 
     def _watch(self, losses: Mapping[str, Tensor], step: int) -> None:
-        """Remembers on the device whether every loss was finite; asking it costs a wait, so on a GPU only `_log` asks."""
+        """Remembers on the device whether every loss was finite; asking costs a wait, so on a GPU only `_log` asks."""
         for loss in losses.values():
             self._finite &= torch.isfinite(loss)
         if self.device.type == "cpu":
@@ -139,7 +141,7 @@ class Trainer:
     def _log(
         self, step: int, losses: Mapping[str, Tensor], reports: Mapping[str, tuple[Tensor, Tensor]], batch: Batch
     ) -> None:
-        """Values of this very step (no running means: a resumed run must write the same), speeds since the last line."""
+        """Values of this very step (no running means: a resumed run must write the same), speeds since the last."""
         self._require_finite(losses, step)
         names, kinds = sorted(losses), sorted(reports)
         flat = [losses[n] for n in names] + [reports[k][i] for k in kinds for i in (0, 1)]
@@ -163,9 +165,8 @@ class Trainer:
         seconds = max(time.monotonic() - self._clock, 1e-9)
         rate = (step - self._clock_step) * self.global_batch_size / seconds if self._clock_step >= 0 else 0.0
         speeds = {"samples_per_second": rate, "data_wait": min(1.0, self._waited / seconds)}
-        flops = getattr(getattr(self.engine.module, "model", None), "train_flops_per_sample", None)
-        if flops is not None:
-            speeds["tflops"] = flops(batch) * rate / self.ranks.count / 1e12
+        if self.flops_per_sample is not None:
+            speeds["tflops"] = self.flops_per_sample(batch) * rate / self.ranks.count / 1e12
             if self.device.type == "cuda":
                 peak = peak_tflops(torch.cuda.get_device_name(self.device))
                 if peak is not None:

@@ -1,0 +1,175 @@
+"""A mistyped key stops a run before anything is loaded, wherever it was written."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from train.config import CONFIG_DIR, Config, build, compose
+from train.config_check import ConfigError, resolved_type
+from train.config_help import help_text
+
+SMOKE = "experiment=smoke"
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "nearest"),
+    [
+        ("train.stepz=5", "train.stepz", "train.steps"),
+        ("+train.stepz=5", "train.stepz", "train.steps"),
+        ("++train.optim.weigth_decay=0.1", "train.optim.weigth_decay", "train.optim.weight_decay"),
+        ("trian.steps=5", "trian", "train"),
+        ("train.seed=1", "train.seed", "run.seed"),
+        ("data.loader.num_worker=2", "data.loader.num_worker", "data.loader.num_workers"),
+        ("data.source.scens.seed=2", "data.source.scens", "data.source.scenes"),
+        ("model.visoin.width=64", "model.visoin", "model.vision"),
+        ("model.vision.widht=64", "model.vision.widht", "model.vision.width"),
+        ("train.loss.itc.label_smoothin=0.2", "train.loss.itc.label_smoothin", "train.loss.itc.label_smoothing"),
+        (
+            "train.engine.deepspeed.zero_optimisation={overlap_comm: true}",
+            "train.engine.deepspeed.zero_optimisation",
+            "train.engine.deepspeed.zero_optimization",
+        ),
+        (
+            "train.engine.deepspeed.zero_optimization.overlap_com=true",
+            "train.engine.deepspeed.zero_optimization.overlap_com",
+            "train.engine.deepspeed.zero_optimization.overlap_comm",
+        ),
+        (
+            "train.engine.deepspeed.zero_optimization.offload_optimizer.pin_memry=true",
+            "zero_optimization.offload_optimizer.pin_memry",
+            "zero_optimization.offload_optimizer.pin_memory",
+        ),
+        ("train.engine.deepspeed.torch_autocast.dtyp=bfloat16", "torch_autocast.dtyp", "torch_autocast.dtype"),
+        ("train.engine.deepspeed.gradient_clipping=5", "deepspeed.gradient_clipping", "train.clip_grad_norm"),
+        ("experimnt=smoke", "experimnt", "experiment"),
+        ("train/optm=adamw", "train/optm", "train/optim"),
+    ],
+)
+def test_mistyped_key_on_the_command_line(override: str, key: str, nearest: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        compose("pretrain", [SMOKE, override])
+    assert key in str(error.value)
+    assert nearest in str(error.value)
+    assert f"on the command line: {override}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "right", "wrong", "key", "nearest"),
+    [
+        ("pretrain.yaml", "  accumulate:", "  acumulate:", "train.acumulate", "train.accumulate"),
+        ("train/optim/adamw.yaml", "\nbeta1:", "\nbetta1:", "train.optim.betta1", "train.optim.beta1"),
+        ("experiment/smoke.yaml", "  log_every:", "  log_evry:", "train.log_evry", "train.log_every"),
+        ("data/loader/default.yaml", "\n  prefetch:", "\n  prefetsh:", "data.loader.prefetsh", "data.loader.prefetch"),
+        ("model/qformer/tiny.yaml", "\nnum_heads:", "\nnum_head:", "model.qformer.num_head", "model.qformer.num_heads"),
+    ],
+)
+def test_mistyped_key_in_a_file(tmp_path: Path, file: str, right: str, wrong: str, key: str, nearest: str) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(CONFIG_DIR, configs)
+    text = (configs / file).read_text()
+    assert right in text
+    broken = text.replace(right, wrong, 1)
+    (configs / file).write_text(broken)
+    expected_line = broken[: broken.index(wrong.strip())].count("\n") + 1
+    with pytest.raises(ConfigError) as error:
+        compose("pretrain", [SMOKE], config_dir=configs)
+    assert f"unknown key {key} (configs/{file}, line {expected_line}): did you mean {nearest}?" in str(error.value)
+
+
+def test_mistyped_key_in_a_files_deepspeed_section(tmp_path: Path) -> None:
+    configs = tmp_path / "configs"
+    shutil.copytree(CONFIG_DIR, configs)
+    (configs / "train/engine/mine.yaml").write_text("zero_stage: 1\ndeepspeed:\n  wall_clock_brakedown: true\n")
+    with pytest.raises(ConfigError, match=r"mine.yaml, line 3.*wall_clock_breakdown"):
+        compose("pretrain", [SMOKE, "train/engine=mine"], config_dir=configs)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.steps=many", r"train\.steps.*many"),
+        ("train.steps=0", r"train\.steps=0 \(on the command line: train\.steps=0\): at least 1"),
+        ("train.precision=fp8", "one of auto, fp32, bf16, fp16"),
+        ("run.resume=maybe", "one of auto, never"),
+        ("experiment=smok", "smok"),
+        ("run.dir=${nowhere}", "nowhere"),
+        ("data.source.scenes.num_scenes=???", "not set: data.source.scenes.num_scenes"),
+        ("train.engine.deepspeed.zero_optimization.stage=3", "set train.engine.zero_stage instead"),
+        ("train.optim=3", "train.optim"),
+    ],
+)
+def test_impossible_value(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        compose("pretrain", [SMOKE, override])
+
+
+@pytest.mark.parametrize("target", ["os.system", "builtins.eval", "torch.load", "datasets.load_dataset"])
+def test_only_our_packages_are_built(target: str) -> None:
+    with pytest.raises(ConfigError, match="may only point into data, model, train, serve"):
+        compose("pretrain", [SMOKE, f"train.loss._target_={target}"])
+    with pytest.raises(ConfigError, match="only things in"):
+        build({"_target_": "data.mixture.Mixture", "languages": {"_target_": target}})
+
+
+def test_target_that_does_not_exist_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"has no Mixtur; did you mean Mixture\?"):
+        compose("pretrain", [SMOKE, "data.mixture._target_=data.mixture.Mixtur"])
+
+
+def test_build_hands_arguments_over_as_they_are() -> None:
+    marker = object()
+    node = OmegaConf.create({"_target_": "tests.train.test_config.Holder"})
+    with pytest.raises(ConfigError, match="only things in"):
+        build(node, value=marker)
+    node["_target_"] = "data.batch.Skip"
+    skip = build(node, source=marker, shard="s", key="k", reason="r")
+    assert skip.source is marker
+
+
+def test_bad_config_stops_before_torch_is_imported() -> None:
+    code = (
+        "import sys; from train.config import from_command_line\n"
+        "try: from_command_line('pretrain', argv=['train.stepz=5'])\n"
+        "except SystemExit as stop: code = stop.code\n"
+        "print(code, 'torch' in sys.modules, 'deepspeed' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=CONFIG_DIR.parent)
+    assert done.stdout.split() == ["2", "False", "False"], done.stderr
+    assert "train.stepz" in done.stderr
+
+
+def test_bad_config_ends_the_entry_point_and_leaves_nothing(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "train.pretrain", SMOKE, f"run.dir={tmp_path / 'run'}", "train.lr=3"],
+        capture_output=True,
+        text=True,
+        cwd=CONFIG_DIR.parent,
+    )
+    assert done.returncode == 2
+    assert "did you mean train.optim.lr?" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_explains_every_key() -> None:
+    text = help_text("pretrain", [], Config, CONFIG_DIR)
+
+    def keys(schema: type, path: str) -> None:
+        for item in fields(schema):
+            here, kind = f"{path}{item.name}", resolved_type(schema, item)
+            assert item.metadata["help"].split()[0] in text
+            if is_dataclass(kind):
+                keys(kind, f"{here}.")  # type: ignore[arg-type]
+            else:
+                assert f"  {here}" in text
+
+    keys(Config, "")
+    for file in CONFIG_DIR.rglob("*/*.yaml"):
+        assert file.stem in text, f"{file} is not mentioned"
