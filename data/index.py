@@ -1,8 +1,7 @@
-"""The offset index of a shard: where in the tar each sample's image, text and JSON lie, and which languages it has.
+"""The offset index of a source: where in which tar each sample's image, text and JSON lie, language by language.
 
 webdataset reads tars front to back; a run whose order is arithmetic needs sample i alone.  So every shard is scanned
-once, headers only (and the JSON members where a language stands in them; never an image), and the result is kept in a
-small .npz beside it.  Members may come in any order: img2dataset writes them as downloads complete.
+once (data/scan.py), and the result is kept in a small .npz beside it.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import tarfile
+import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -23,91 +22,75 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data.scan import SAMPLE, Layout, ShardIndex, scan_shard
 from data.shard_list import cache_home, locked
 
-VERSION = 1
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"})
-PARTS = {"image": IMAGE_EXTENSIONS, "text": frozenset({"txt"}), "json": frozenset({"json"})}
-PART_OF = {extension: part for part, extensions in PARTS.items() for extension in extensions}
-# Offsets are -1 where the member is missing.
-SAMPLE = np.dtype([(f"{part}_{what}", "<i8") for part in PARTS for what in ("at", "bytes")])
-_LANGUAGE_NAMES = {"chinese": "zh", "cn": "zh", "zho": "zh", "chi": "zh", "cmn": "zh", "english": "en", "eng": "en"}
+SHARED_FROM = 2_000_000  # samples; 70 bytes each
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where a sample's language stands; exactly one of the three.
+class SourceIndex:
+    """All shards of a source, joined; a sample is numbered through all of them."""
 
-    language: all samples of the source are in it.
-    language_field: a column of the parquet beside the shard, else a field of the JSON members.
-    caption_fields: language -> field of the JSON members that holds its caption or list of captions.
-    """
-
-    language: str | None = None
-    language_field: str | None = None
-    caption_fields: Mapping[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        given = [name for name in ("language", "language_field", "caption_fields") if getattr(self, name)]
-        if len(given) != 1:
-            raise ValueError(
-                f"a shard source needs exactly one of language, language_field, caption_fields; got {given or 'none'}"
-            )
-
-    @property
-    def signature(self) -> str:
-        text = json.dumps(
-            [VERSION, self.language, self.language_field, dict(self.caption_fields or {})], sort_keys=True
-        )
-        return blake2b(text.encode(), digest_size=4).hexdigest()
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """One shard's samples in the order of their first member; keys are UTF-8 bytes joined without a gap."""
-
+    first: np.ndarray  # int64: the first sample of each shard, and one past the last
     samples: np.ndarray  # SAMPLE
-    keys: np.ndarray  # uint8
-    key_end: np.ndarray  # int64: key i is keys[key_end[i - 1] : key_end[i]]
-    rows: dict[str, np.ndarray]  # language -> int32, the samples that have it
-    left_out: dict[str, int]  # reason -> how many could not even be indexed
+    keys: np.ndarray
+    key_end: np.ndarray
+    rows: Mapping[str, np.ndarray]  # language -> its samples
+    left_out: Mapping[str, int]
+    digest: str
 
 
-def normal_language(value: object) -> str:
-    """'zh-CN', 'ZH_cn', 'chinese' -> 'zh'; '' for nothing."""
-    name = str(value if value is not None else "").strip().lower().replace("_", "-").split("-")[0]
-    return "" if name in {"nan", "none", "null"} else _LANGUAGE_NAMES.get(name, name)
+def load_source_index(shards: Sequence[Path], layout: Layout, *, name: str, workers: int | None = None) -> SourceIndex:
+    """The index of all shards: each from its file where that is fresh, else scanned, several at a time.
 
-
-def load_indexes(shards: Sequence[Path], layout: Layout, *, name: str, workers: int | None = None) -> list[ShardIndex]:
-    """The index of every shard, from its file where that is fresh, else by scanning, several shards at a time.
-
-    Raises ValueError naming every shard that could not be read.
+    From SHARED_FROM samples on it lies in one folder of the cache and is mapped, not read: the ranks of a machine share
+    one copy, and the next start takes no time.  Raises ValueError naming every shard that could not be read.
     """
-    indexes: dict[int, ShardIndex] = {}
+    place = blake2b("\0".join([layout.signature, *(str(shard.resolve()) for shard in shards)]).encode(), digest_size=8)
+    folder = cache_home() / "index" / place.hexdigest()
+    stamp = blake2b(json.dumps([_stamp(shard) for shard in shards]).encode(), digest_size=8).hexdigest()
+    index = _map(folder, stamp)
+    if index is not None:
+        return index
+    metas = _prepare(shards, layout, name=name, workers=workers)
+    if sum(meta["samples"] for meta in metas) < SHARED_FROM:
+        return _join(shards, layout, metas, lambda name, size, dtype: np.empty(size, dtype))
+    with locked(folder):
+        index = _map(folder, stamp)
+        if index is None:
+            _share(folder, stamp, lambda new: _join(shards, layout, metas, new))
+            index = _map(folder, stamp)
+    assert index is not None, folder
+    return index
+
+
+def _prepare(shards: Sequence[Path], layout: Layout, *, name: str, workers: int | None) -> list[dict[str, Any]]:
+    """Makes the indexes that are missing or stale; what each one says about itself."""
+    metas: dict[int, dict[str, Any]] = {}
     missing = []
     for i, shard in enumerate(shards):
-        index = _load(_index_file(shard, layout), _stamp(shard))
-        if index is None:
+        meta = _read_meta(_index_file(shard, layout), _stamp(shard))
+        if meta is None:
             missing.append(i)
         else:
-            indexes[i] = index
-    workers = min(workers or os.cpu_count() or 1, 32, len(missing))
+            metas[i] = meta
     failed = []
+    scanned = _scan_all([shards[i] for i in missing], layout, min(workers or os.cpu_count() or 1, 32, len(missing)))
     with tqdm(total=len(missing), desc=f"indexing {name}", unit="shard", disable=None if missing else True) as bar:
-        for i, result in zip(missing, _scan_all([shards[i] for i in missing], layout, workers), strict=True):
+        for i, result in zip(missing, scanned, strict=True):
             bar.update()
             if isinstance(result, str):
                 failed.append(result)
             else:
-                indexes[i] = result
+                metas[i] = result
     if failed:
         more = f"\n  and {len(failed) - 10} more" if len(failed) > 10 else ""
         raise ValueError(f"{len(failed)} of {len(shards)} shards cannot be read:\n  " + "\n  ".join(failed[:10]) + more)
-    return [indexes[i] for i in range(len(shards))]
+    return [metas[i] for i in range(len(shards))]
 
 
-def _scan_all(shards: Sequence[Path], layout: Layout, workers: int) -> Iterator[ShardIndex | str]:
+def _scan_all(shards: Sequence[Path], layout: Layout, workers: int) -> Iterator[dict[str, Any] | str]:
     jobs = [(shard, layout) for shard in shards]
     if workers <= 1:
         yield from map(_scan_or_say, jobs)
@@ -117,27 +100,19 @@ def _scan_all(shards: Sequence[Path], layout: Layout, workers: int) -> Iterator[
         yield from pool.map(_scan_or_say, jobs)
 
 
-def _scan_or_say(job: tuple[Path, Layout]) -> ShardIndex | str:
+def _scan_or_say(job: tuple[Path, Layout]) -> dict[str, Any] | str:
+    """Scans and saves, unless another process of this machine has done so meanwhile."""
     shard, layout = job
     try:
-        return _scan_once(shard, layout)
+        file, stamp = _index_file(shard, layout), _stamp(shard)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with locked(file):
+            return _read_meta(file, stamp) or _save(scan_shard(shard, layout), file, stamp)
     except (ValueError, OSError) as error:
         return str(error)
 
 
-def _scan_once(shard: Path, layout: Layout) -> ShardIndex:
-    """Scans and saves, unless another process of this machine has done so meanwhile."""
-    file, stamp = _index_file(shard, layout), _stamp(shard)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with locked(file):
-        index = _load(file, stamp)
-        if index is None:
-            index = scan_shard(shard, layout)
-            _save(index, file, stamp)
-    return index
-
-
-# ------- the index's own file
+# ------- files: one index per shard, and one folder for all of a large source
 
 
 def _stamp(shard: Path) -> list[int]:
@@ -157,151 +132,95 @@ def _index_file(shard: Path, layout: Layout) -> Path:
     return cache_home() / "index" / f"{shard.stem}.{place}.{layout.signature}.index.npz"
 
 
-def _save(index: ShardIndex, file: Path, stamp: list[int]) -> None:
-    meta = json.dumps({"stamp": stamp, "languages": list(index.rows), "left_out": index.left_out})
-    arrays: dict[str, Any] = {f"rows_{i}": rows for i, rows in enumerate(index.rows.values())}
+def _save(index: ShardIndex, file: Path, stamp: list[int]) -> dict[str, Any]:
+    rows = {f"rows_{i}": array for i, array in enumerate(index.rows.values())}
+    arrays = {"samples": index.samples, "keys": index.keys, "key_end": index.key_end, **rows}
+    digest = blake2b(digest_size=16)
+    for array in arrays.values():
+        digest.update(array.tobytes())
+    meta = {
+        "stamp": stamp,
+        "samples": len(index.samples),
+        "key_bytes": len(index.keys),
+        "languages": {language: len(array) for language, array in index.rows.items()},
+        "left_out": index.left_out,
+        "digest": digest.hexdigest(),
+    }
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
     with open(part, "wb") as out:
-        np.savez(out, meta=np.array(meta), samples=index.samples, keys=index.keys, key_end=index.key_end, **arrays)
+        np.savez(out, meta=np.array(json.dumps(meta)), **arrays)  # type: ignore[arg-type]
     os.replace(part, file)
+    return meta
 
 
-def _load(file: Path, stamp: list[int]) -> ShardIndex | None:
+def _read_meta(file: Path, stamp: list[int]) -> dict[str, Any] | None:
     """None where there is no index or it is of other files (or was damaged): it will be made anew."""
     try:
         with np.load(file, allow_pickle=False) as arrays:
             meta = json.loads(str(arrays["meta"]))
-            if meta["stamp"] != stamp:
-                return None
-            rows = {language: arrays[f"rows_{i}"] for i, language in enumerate(meta["languages"])}
-            return ShardIndex(arrays["samples"], arrays["keys"], arrays["key_end"], rows, meta["left_out"])
+        return meta if meta["stamp"] == stamp else None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
-# ------- scanning
+NewArray = Callable[[str, int, Any], np.ndarray]  # (name, size, dtype) -> where to write
 
 
-def scan_shard(shard: Path, layout: Layout) -> ShardIndex:
-    """Reads every header of the tar.  Raises ValueError where it is no uncompressed tar."""
-    places, left_out = _places(shard)
-    keys = list(places)
-    samples = np.array([tuple(place) for place in places.values()], SAMPLE)
-    rows = _rows_by_language(shard, layout, keys, samples, left_out)
-    encoded = [key.encode("utf-8", "surrogateescape") for key in keys]
-    return ShardIndex(
-        samples=samples,
-        keys=np.frombuffer(b"".join(encoded), np.uint8),
-        key_end=np.cumsum([len(key) for key in encoded], dtype=np.int64),
-        rows=rows,
-        left_out=dict(left_out),
-    )
-
-
-def _places(shard: Path) -> tuple[dict[str, list[int]], Counter[str]]:
-    """key -> offsets and sizes in the order of SAMPLE."""
-    columns = {part: 2 * i for i, part in enumerate(PARTS)}
-    places: dict[str, list[int]] = {}
+def _join(shards: Sequence[Path], layout: Layout, metas: Sequence[Mapping[str, Any]], new: NewArray) -> SourceIndex:
+    """One shard after the other into arrays of the final size, so that nothing is held twice."""
+    num_samples = sum(meta["samples"] for meta in metas)
+    languages = sorted({language for meta in metas for language in meta["languages"]})
+    first = new("first", len(shards) + 1, np.int64)
+    samples, key_end = new("samples", num_samples, SAMPLE), new("key_end", num_samples, np.int64)
+    keys = new("keys", sum(meta["key_bytes"] for meta in metas), np.uint8)
+    number = np.uint32 if num_samples < 1 << 32 else np.int64
+    sizes = {language: sum(meta["languages"].get(language, 0) for meta in metas) for language in languages}
+    rows = {language: new(f"rows_{i}", sizes[language], number) for i, language in enumerate(languages)}
+    at = key_at = 0
+    filled = dict.fromkeys(languages, 0)
+    for n, (shard, meta) in enumerate(zip(shards, metas, strict=True)):
+        first[n] = at
+        with np.load(_index_file(shard, layout), allow_pickle=False) as arrays:
+            samples[at : at + meta["samples"]] = arrays["samples"]
+            keys[key_at : key_at + meta["key_bytes"]] = arrays["keys"]
+            key_end[at : at + meta["samples"]] = arrays["key_end"] + key_at
+            for i, (language, size) in enumerate(meta["languages"].items()):
+                start = filled[language]
+                rows[language][start : start + size] = arrays[f"rows_{i}"] + at
+                filled[language] = start + size
+        at, key_at = at + meta["samples"], key_at + meta["key_bytes"]
+    first[len(shards)] = at
     left_out: Counter[str] = Counter()
-    for name, at, size in _members(shard, left_out):
-        folder, _, base = name.rpartition("/")
-        stem, _, extension = base.partition(".")  # webdataset's rule: the key ends at the first dot
-        part = PART_OF.get(extension.lower())
-        if part is None or not stem:
-            if stem and extension.lower().rpartition(".")[2] in IMAGE_EXTENSIONS:
-                left_out["image with a second dot in its name"] += 1  # to webdataset a field of its own, like seg.png
-            continue
-        place = places.setdefault(f"{folder}/{stem}" if folder else stem, [-1, 0, -1, 0, -1, 0])
-        column = columns[part]
-        if place[column] >= 0:
-            left_out["duplicate key"] += 1  # the first one stays, as its neighbours are its own
-        else:
-            place[column : column + 2] = [at, size]
-    return places, left_out
+    digest = blake2b(digest_size=16)  # by content, not by place or time: shards that were moved are the same shards
+    for shard, meta in zip(shards, metas, strict=True):
+        left_out.update(meta["left_out"])
+        digest.update(f"{shard.name} {meta['digest']}\0".encode("utf-8", "surrogateescape"))
+    return SourceIndex(first, samples, keys, key_end, rows, dict(left_out), digest.hexdigest())
 
 
-def _members(shard: Path, left_out: Counter[str]) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of every file in the tar.
+def _share(folder: Path, stamp: str, join: Callable[[NewArray], SourceIndex]) -> None:
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
 
-    A tar that was cut short gives what it still has: whatever reaches past its end is found when it is read.
-    """
-    if shard.stat().st_size == 0:
-        raise ValueError(f"{shard}: the file is empty; expected a tar")
+    def new(name: str, size: int, dtype: Any) -> np.ndarray:
+        return np.lib.format.open_memmap(part / f"{name}.npy", mode="w+", dtype=dtype, shape=(size,))
+
+    index = join(new)
+    meta = {"stamp": stamp, "languages": list(index.rows), "left_out": index.left_out, "digest": index.digest}
+    (part / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)  # of shards that have changed; whoever has it mapped keeps it
+    os.replace(part, folder)
+
+
+def _map(folder: Path, stamp: str) -> SourceIndex | None:
     try:
-        tar = tarfile.open(shard, "r:")
-    except tarfile.TarError as error:
-        raise ValueError(f"{shard}: not an uncompressed tar ({error}); a .tar.gz has to be unpacked to .tar") from error
-    with tar:
-        try:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-                if member.isreg():
-                    yield member.name, member.offset_data, member.size
-        except tarfile.TarError:
-            left_out["shard cut short"] += 1
-            return
-        tar.fileobj.seek(tar.offset)
-        if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
-            left_out["rest of a shard after a broken header"] += 1  # tarfile takes it for the end and says nothing
-
-
-def _rows_by_language(
-    shard: Path, layout: Layout, keys: list[str], samples: np.ndarray, left_out: Counter[str]
-) -> dict[str, np.ndarray]:
-    if layout.language:
-        return {layout.language: np.arange(len(keys), dtype=np.int32)}
-    rows: dict[str, list[int]] = {}
-    for i, languages in enumerate(_languages(shard, layout, keys, samples)):
-        if not languages:
-            left_out["no language"] += 1
-        for language in languages:
-            rows.setdefault(language, []).append(i)
-    return {language: np.array(found, np.int32) for language, found in sorted(rows.items())}
-
-
-def _languages(shard: Path, layout: Layout, keys: list[str], samples: np.ndarray) -> list[list[str]]:
-    """The languages of each sample, without touching an image.
-
-    A sample whose JSON is missing or broken counts for every language of `caption_fields`: reading it will say what is
-    wrong, and the share of such samples is what `max_skip_rate` watches.
-    """
-    if layout.language_field:
-        column = _parquet_column(shard.with_suffix(".parquet"), layout.language_field)
-        if column is not None:
-            return [[name] if (name := normal_language(column.get(key))) else [] for key in keys]
-    found: list[list[str]] = []
-    with open(shard, "rb") as tar:
-        for at, size in zip(samples["json_at"].tolist(), samples["json_bytes"].tolist(), strict=True):
-            record = read_json(os.pread(tar.fileno(), size, at)) if at >= 0 else None
-            if layout.language_field:
-                name = normal_language(record.get(layout.language_field)) if record else ""
-                found.append([name] if name else [])
-            else:
-                fields = layout.caption_fields or {}
-                found.append([name for name, field in fields.items() if record is None or record.get(field)])
-    return found
-
-
-def read_json(raw: bytes) -> dict[str, Any] | None:
-    """None for what is not a JSON object in UTF-8."""
-    try:
-        record = json.loads(raw)
-    except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _parquet_column(parquet: Path, column: str) -> dict[str, Any] | None:
-    """key -> value from img2dataset's table of a shard; None where there is no such table or column."""
-    if not parquet.exists():
-        return None
-    import pyarrow.parquet as pq
-
-    try:
-        names = pq.read_schema(parquet).names
-        if "key" not in names or column not in names:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if meta["stamp"] != stamp:
             return None
-        table = pq.read_table(parquet, columns=["key", column])
-    except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
-        raise ValueError(f"{parquet}: not a parquet file ({error})") from error
-    return dict(zip(map(str, table["key"].to_pylist()), table[column].to_pylist(), strict=True))
+        names = ["first", "samples", "keys", "key_end", *(f"rows_{i}" for i in range(len(meta["languages"])))]
+        first, samples, keys, key_end, *rows = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in names)
+    except (OSError, ValueError, KeyError):
+        return None
+    by_language = dict(zip(meta["languages"], rows, strict=True))
+    return SourceIndex(first, samples, keys, key_end, by_language, meta["left_out"], meta["digest"])

@@ -34,7 +34,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data.decode import open_image, upright
-from data.index import IMAGE_EXTENSIONS
+from data.scan import IMAGE_EXTENSIONS
 from data.source import BadSample
 
 LANGUAGES = ("zh", "en")

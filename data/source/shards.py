@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from hashlib import blake2b
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.index import Layout, ShardIndex, load_indexes, read_json
+from data.index import load_source_index
+from data.scan import Layout, read_json
 from data.shard_list import cache_home, expand_shards, local_copies
 from data.source import BadSample, RawSample
 
@@ -62,34 +62,15 @@ class ShardSource:
         self.image_id_fields = tuple(image_id_fields)
         cache = Path(cache_dir) if cache_dir else cache_home() / "shards"
         self.shards = local_copies(expand_shards(paths), cache, with_parquet=language_field is not None)
-        self._join(load_indexes(self.shards, self.layout, name=name, workers=index_workers))
+        self._index = load_source_index(self.shards, self.layout, name=name, workers=index_workers)
+        self.languages = tuple(self._index.rows)
+        self.left_out = dict(self._index.left_out)
         self._open: OrderedDict[int, FileIO] = OrderedDict()
-
-    def _join(self, indexes: Sequence[ShardIndex]) -> None:
-        """One set of arrays for all shards: millions of Python objects would be copied into every worker."""
-        sizes = np.array([len(index.samples) for index in indexes], np.int64)
-        self._first = np.concatenate([[0], np.cumsum(sizes)])  # first sample of each shard, and one past the last
-        self._samples = np.concatenate([index.samples for index in indexes])
-        self._keys = np.concatenate([index.keys for index in indexes])
-        key_first = np.cumsum([0] + [len(index.keys) for index in indexes])[:-1]
-        self._key_end = np.concatenate([index.key_end + at for index, at in zip(indexes, key_first, strict=True)])
-        self.languages = tuple(sorted({language for index in indexes for language in index.rows}))
-        none = np.zeros(0, np.int64)
-        self._rows = {
-            language: np.concatenate(
-                [index.rows.get(language, none) + at for index, at in zip(indexes, self._first[:-1], strict=True)]
-            )
-            for language in self.languages
-        }
-        left_out: Counter[str] = Counter()
-        for index in indexes:
-            left_out.update(index.left_out)
-        self.left_out = dict(left_out)
-        counts = {language: len(rows) for language, rows in self._rows.items()}
+        counts = {language: self.num_samples(language) for language in self.languages}
         if not sum(counts.values()):
-            raise ValueError(f"{self.name}: no usable sample in {len(indexes)} shards ({self._why_empty()})")
-        log.info("%s: %d shards, samples per language %s", self.name, len(indexes), counts)
-        if left_out:
+            raise ValueError(f"{self.name}: no usable sample in {len(self.shards)} shards ({self._why_empty()})")
+        log.info("%s: %d shards, samples per language %s", self.name, len(self.shards), counts)
+        if self.left_out:
             log.warning("%s: left out of the index: %s", self.name, self.left_out)
 
     def _why_empty(self) -> str:
@@ -97,15 +78,15 @@ class ShardSource:
             "language_field": f"no language under {self.layout.language_field!r} in the parquet or the JSON",
             "caption_fields": f"no caption under {self.layout.caption_fields} in the JSON",
         }
-        reasons = [text for option, text in looked.items() if getattr(self.layout, option) and len(self._samples)]
+        reasons = [text for option, text in looked.items() if getattr(self.layout, option) and len(self._index.samples)]
         return "; ".join(reasons) or f"the first is {self.shards[0]}; expected members like 000.jpg and 000.txt"
 
     def num_samples(self, language: str) -> int:
-        return len(self._rows.get(language, ()))
+        return len(self._index.rows.get(language, ()))
 
     def read(self, language: str, index: int) -> RawSample:
-        sample = int(self._rows[language][index])
-        shard = int(np.searchsorted(self._first, sample, "right")) - 1
+        sample = int(self._index.rows[language][index])
+        shard = int(np.searchsorted(self._index.first, sample, "right")) - 1
         where = {"shard": str(self.shards[shard]), "key": self.key(sample)}
         image = self._member(sample, shard, "image", where)
         if image is None:
@@ -117,20 +98,15 @@ class ShardSource:
         return RawSample(image, captions, image_id=image_id, keywords=keywords, max_keywords=self.max_keywords, **where)
 
     def key(self, sample: int) -> str:
-        start = int(self._key_end[sample - 1]) if sample else 0
-        return self._keys[start : int(self._key_end[sample])].tobytes().decode("utf-8", "backslashreplace")
+        key_end = self._index.key_end
+        start = int(key_end[sample - 1]) if sample else 0
+        return self._index.keys[start : int(key_end[sample])].tobytes().decode("utf-8", "backslashreplace")
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """By content, not by place or time: shards that were moved or copied are the same shards."""
-        digest = blake2b(digest_size=16)
-        for shard, first, last in zip(self.shards, self._first[:-1], self._first[1:], strict=True):
-            digest.update(f"{shard.name} {last - first}\0".encode("utf-8", "surrogateescape"))
-        for array in (self._samples, self._keys, *self._rows.values()):
-            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         return {
             "shards": len(self.shards),
             "samples": {language: self.num_samples(language) for language in self.languages},
-            "index": digest.hexdigest(),
+            "index": self._index.digest,
             "captions": [self.layout.signature, sorted(self.keyword_fields.items()), self.max_keywords],
         }
 
@@ -167,7 +143,8 @@ class ShardSource:
         return captions
 
     def _member(self, sample: int, shard: int, part: str, where: Mapping[str, str]) -> bytes | None:
-        at, size = int(self._samples[f"{part}_at"][sample]), int(self._samples[f"{part}_bytes"][sample])
+        place = self._index.samples[sample]
+        at, size = int(place[f"{part}_at"]), int(place[f"{part}_bytes"])
         if at < 0:
             return None
         try:

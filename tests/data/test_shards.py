@@ -240,6 +240,28 @@ def test_indexing_several_shards_at_a_time_gives_the_same(tmp_path: Path) -> Non
     assert [s.captions for s in read_all(source, "zh")] == [s.captions for s in read_all(expected, "zh")]
 
 
+def test_a_large_source_is_mapped_and_reads_the_same(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("QUEQIAO_CACHE", str(tmp_path / "cache"))
+    for shard in range(3):
+        img2dataset_shard(tmp_path, f"{shard:05d}", range(shard * 7, shard * 7 + 7))
+    expected = ShardSource(str(tmp_path), language_field="lang")
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(data.index, "SHARED_FROM", 21)
+    for _ in range(2):
+        source = ShardSource(str(tmp_path), language_field="lang")
+        assert isinstance(source._index.samples, np.memmap)
+        assert source.fingerprint() == expected.fingerprint()
+        for language in ("en", "zh"):
+            found, wanted = read_all(source, language), read_all(expected, language)
+            assert [(s.key, s.captions, s.image) for s in found] == [(s.key, s.captions, s.image) for s in wanted]
+        monkeypatch.setattr(data.index, "_join", None)  # the second time nothing is joined
+    monkeypatch.undo()
+    monkeypatch.setenv("QUEQIAO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(data.index, "SHARED_FROM", 21)
+    img2dataset_shard(tmp_path, "00001", range(7, 20))
+    assert sum(map(ShardSource(str(tmp_path), language_field="lang").num_samples, ("en", "zh"))) == 27
+
+
 def test_no_image_is_decoded_to_index(tmp_path: Path, monkeypatch) -> None:
     write_tar(tmp_path / "a.tar", replaced(bilingual_members(range(2)), "00000.jpg", b"no picture at all"))
     monkeypatch.setattr("PIL.Image.open", lambda *args, **kwargs: pytest.fail("an image was opened"))
