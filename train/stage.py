@@ -5,8 +5,7 @@ Stage two and domain fine-tuning are this class with another model and other obj
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from torch import Tensor, nn
 
@@ -20,8 +19,9 @@ class Objectives(Protocol):
     def __call__(self, model: Any, batch: Any, ranks: Ranks) -> tuple[dict[str, Tensor], Report]: ...
 
 
-@dataclass(frozen=True)
-class StageOutput:
+class StageOutput(NamedTuple):
+    """A tuple, because ZeRO-3 hangs its backward hooks on the tensors of tuples and dicts, and of nothing else."""
+
     losses: dict[str, Tensor]  # weighted scalars; their sum is back-propagated
     report: Report  # name -> (sum, count), detached; adds up over ranks and micro-batches
 
