@@ -44,7 +44,8 @@ class Layout:
         given = [name for name in ("language", "language_field", "caption_fields") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(
-                f"a shard source needs exactly one of language, language_field, caption_fields and the others null; got {given or 'none'}"
+                "a shard source needs exactly one of language, language_field, caption_fields, the others null; got "
+                + (", ".join(given) or "none")
             )
 
     @property
