@@ -285,7 +285,7 @@ def _import_deepspeed(device: torch.device) -> Any:
     logger.setLevel(logging.ERROR)
     # gloo is enough on a CPU; the shared-memory operator would be compiled for half a minute at the first start.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    warnings.filterwarnings("ignore", r"`torch\.distributed.* is deprecated", FutureWarning)
     found = get_accelerator().device_name().partition(":")[0]
     if found != device.type:
         raise ValueError(f"DeepSpeed was imported for {found} and cannot run on {device.type} in the same process")

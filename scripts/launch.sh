@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# One process per GPU (or per CPU share) of this machine, or of several machines.
+#
+#   bash scripts/launch.sh N -m train.pretrain experiment=... key=value ...
+#   bash scripts/launch.sh --hostfile FILE -m train.pretrain ...       FILE has a line "host slots=8" per machine
+#
+# On one machine torchrun starts N processes.  With a hostfile, DeepSpeed's launcher starts `slots` processes on every
+# host over ssh; the code, the environment and the data have to be at the same paths on all of them.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+usage() { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+[ $# -ge 3 ] || usage
+
+bin="${QUEQIAO_VENV:-$PWD/.venv}/bin"
+[ -x "$bin/python" ] || bin="$(dirname "$(command -v python)")"
+export PATH="$bin:$PATH"
+
+if [ "$1" = --hostfile ]; then
+  hostfile="$2"; shift 2
+  [ -f "$hostfile" ] || { echo "launch.sh: no hostfile at $hostfile" >&2; exit 2; }
+  [ "$1" = -m ] || usage
+  module="$2"; shift 2
+  # --no_local_rank: Hydra refuses arguments it does not know.  --module: imports work as with python -m.
+  exec deepspeed --hostfile "$hostfile" ${QUEQIAO_DEEPSPEED_ARGS:-} --no_local_rank --module "$module" "$@"
+fi
+
+count="$1"; shift
+[[ "$count" =~ ^[1-9][0-9]*$ ]] || usage
+[ "$1" = -m ] || usage
+# CPU processes share the cores: torchrun would give each one thread whatever there is.
+if [ -z "${OMP_NUM_THREADS:-}" ]; then
+  cores="$(nproc)"; export OMP_NUM_THREADS=$(( cores / count > 0 ? cores / count : 1 ))
+fi
+exec torchrun --standalone --nproc_per_node "$count" "$@"
