@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -143,7 +144,7 @@ class Loader:
         num_workers: int | None = 0,
         max_text_tokens: int = 32,
         max_skip_rate: float = 0.01,
-        skip_window: int = 1000,
+        skip_window: int = 20_000,
         prefetch: int = 2,
         pin_memory: bool | None = None,
     ):
@@ -251,6 +252,7 @@ def _cores_of_a_rank() -> int:
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process' to answer; it ends its workers
 
 
 def _nearest(size: int, unit: int) -> str:

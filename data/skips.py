@@ -22,16 +22,16 @@ class SkipMonitor:
 
     Args:
         max_skip_rate: the run stops above this share; 1 never stops it.
-        window: how many tries the share is taken over.  Fewer than that count as that many, so that one bad sample
-            among the first sixty-four does not end a run.
+        window: how many tries the share is taken over: enough that chance does not lift it above the limit.
+        least: fewer tries than this count as this many, so that one bad sample of the first sixty-four ends no run.
     """
 
-    def __init__(self, max_skip_rate: float = 0.01, window: int = 1000):
+    def __init__(self, max_skip_rate: float = 0.01, window: int = 20_000, least: int = 1000):
         if not 0 <= max_skip_rate <= 1:
             raise ValueError(f"data.max_skip_rate is {max_skip_rate}; expected a share from 0 to 1")
         if window < 1:
             raise ValueError(f"data.loader.skip_window is {window}; expected a number of samples, 1 or more")
-        self.max_skip_rate, self.window = max_skip_rate, window
+        self.max_skip_rate, self.window, self.least = max_skip_rate, window, min(least, window)
         self.total: Counter[tuple[str, str]] = Counter()  # (source, reason) -> skips this rank has seen
         self._steps: deque[tuple[int, int]] = deque()  # (tries, skips) of all ranks
         self._tries = self._bad = 0
@@ -52,7 +52,7 @@ class SkipMonitor:
             tries, bad = self._steps.popleft()
             self._tries -= tries
             self._bad -= bad
-        if self._bad > self.max_skip_rate * max(self._tries, self.window):
+        if self._bad > self.max_skip_rate * max(self._tries, self.least):
             raise ValueError(self._verdict())
 
     def _remember(self, skips: Sequence[Skip]) -> None:
@@ -70,7 +70,7 @@ class SkipMonitor:
         named = "\n".join(f"  {s.source}: {s.shard} {s.key} ({s.reason})" for s in self._latest)
         return (
             f"{self._bad} of the latest {self._tries} samples could not be used "
-            f"({self._bad / self._tries:.1%}); data.max_skip_rate allows {self.max_skip_rate:.1%} of {self.window}. "
+            f"({self._bad / self._tries:.1%}); data.max_skip_rate allows {self.max_skip_rate:.1%}. "
             + (f"On this rank: {_table(self.total)}. The latest:\n{named}\n" if named else "Other ranks name them. ")
             + "Repair or leave out these shards, or raise data.max_skip_rate."
         )

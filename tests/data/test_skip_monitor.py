@@ -15,8 +15,8 @@ def skips(number: int) -> list[Skip]:
 
 
 def test_it_stops_when_the_share_is_exceeded_and_not_before() -> None:
-    monitor = SkipMonitor(max_skip_rate=0.01, window=1000)
-    monitor.update(64, 10, skips(10))  # exactly 1% of the window
+    monitor = SkipMonitor(max_skip_rate=0.01)
+    monitor.update(64, 10, skips(10))  # exactly 1% of the thousand that a first few count as
     with pytest.raises(ValueError, match=r"(?s)11 of the latest 128.*web: /shards/00000.tar key0 \(truncated image\)"):
         monitor.update(64, 1, skips(1))
 
