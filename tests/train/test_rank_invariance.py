@@ -15,7 +15,7 @@ from train.distributed import Ranks
 from train.loss.stage_one import compare
 
 GLOBAL_BATCH = 8
-KINDS = ("all different", "some duplicates", "one pair against its copies")
+KINDS = ("all different", "some duplicates", "one pair against its copies", "a pair without negatives")
 
 
 def global_batch(kind: str) -> ImageTextBatch:
@@ -28,6 +28,12 @@ def global_batch(kind: str) -> ImageTextBatch:
         )
     if kind == "one pair against its copies":
         return replace(batch, image_key_B=torch.tensor([0, 0, 0, 0, 0, 0, 0, 1]))
+    if kind == "a pair without negatives":  # row 0 shares its image or its caption with every other row
+        return replace(
+            batch,
+            image_key_B=torch.tensor([0, 0, 0, 0, 4, 5, 6, 7]),
+            text_key_B=torch.tensor([10, 11, 12, 13, 10, 10, 10, 10]),
+        )
     assert kind == "all different"
     return batch
 
