@@ -40,7 +40,7 @@ from data.source import BadSample
 LANGUAGES = ("zh", "en")
 PICTURES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 NUM_SHOWN = 3  # rows named per reason
-OWN_FILES = re.compile(r"\d{5}\.tar|\d{5}\.[0-9a-f]{8}\.index\.npz|left_out\.jsonl")
+OWN_FILES = re.compile(r"\d{5}\.tar(\.part)?|\d{5}\.[0-9a-f]{8}\.index\.npz|left_out\.jsonl")
 
 
 class LeftOut(Exception):
@@ -271,8 +271,9 @@ def _folders(args: argparse.Namespace) -> dict[str, Path]:
 def _make_room(folder: Path, overwrite: bool) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     old = [path for path in folder.iterdir() if OWN_FILES.fullmatch(path.name)]
-    if old and not overwrite:
-        raise SystemExit(f"{folder} holds {len(old)} files of earlier shards: give another folder, or --overwrite")
+    shards = sum(path.suffix == ".tar" for path in old)
+    if shards and not overwrite:
+        raise SystemExit(f"{folder} holds {shards} shards already: give another folder, or --overwrite")
     for path in old:
         path.unlink()
 
@@ -290,6 +291,7 @@ def _parallel(
 
 def _report(rows: JsonlRows | FolderRows, checked: Sequence[Checked], out: Path) -> None:
     bad = [(rows.numbers[i], row) for i, row in enumerate(checked) if row.reason]
+    (out / "left_out.jsonl").unlink(missing_ok=True)
     if not bad:
         return
     print(f"left out {len(bad)} of {len(checked)} rows:")

@@ -165,6 +165,9 @@ def test_nothing_to_pack_is_an_error(tmp_path: Path, pack) -> None:
     file = write_pairs(tmp_path, [{"image": "images/none.jpg", "en": "a"}])
     out = pack(file, tmp_path / "out", fails=True)
     assert "no such picture" in out and "none of 1 rows" in out
+    (tmp_path / "images" / "none.jpg").write_bytes(jpeg(0))
+    pack(file, tmp_path / "out")  # nothing of the failed attempt is in the way
+    assert not (tmp_path / "out" / "left_out.jsonl").exists()
     assert "does not exist" in pack(tmp_path / "nothing.jsonl", tmp_path / "out", fails=True)
     assert "expected train/test like 75/25" in pack(file, tmp_path / "out", "--split", "75", fails=True)
 
