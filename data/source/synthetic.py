@@ -47,21 +47,21 @@ SHAPES = {
     "moon": ("moon", "月牙"),
 }
 # name: (English, Chinese, radius as a share of the picture's side)
-SIZES = {"small": ("small", "小", 0.092), "large": ("large", "大", 0.15)}
+SIZES = {"small": ("small", "小", 0.115), "large": ("large", "大", 0.18)}
 BACKGROUNDS = ((206, 220, 232), (222, 214, 200), (204, 224, 206), (228, 208, 216), (214, 214, 222))
 
 # arrangement -> where its objects' centres are, in shares of the side
 _PLACES = {
-    "top left": (0.24, 0.24),
-    "top right": (0.76, 0.24),
-    "bottom left": (0.24, 0.76),
-    "bottom right": (0.76, 0.76),
+    "top left": (0.27, 0.27),
+    "top right": (0.73, 0.27),
+    "bottom left": (0.27, 0.73),
+    "bottom right": (0.73, 0.73),
     "centre": (0.5, 0.5),
 }
 ARRANGEMENTS: dict[str, tuple[tuple[float, float], ...]] = {
     **{place: (centre,) for place, centre in _PLACES.items()},
-    "pair in a row": ((0.27, 0.5), (0.73, 0.5)),
-    "pair in a column": ((0.5, 0.27), (0.5, 0.73)),
+    "pair in a row": ((0.26, 0.5), (0.74, 0.5)),
+    "pair in a column": ((0.5, 0.26), (0.5, 0.74)),
     "three in a row": ((0.17, 0.5), (0.5, 0.5), (0.83, 0.5)),
     "three in a column": ((0.5, 0.17), (0.5, 0.5), (0.5, 0.83)),
 }
@@ -302,7 +302,7 @@ def draw(scene: Scene, random_: random.Random, image_size: int) -> Image.Image:
     side = image_size * scale
     image = _background(random_, side)
     pen = ImageDraw.Draw(image)
-    crowding = 0.82 if len(scene.things) == 3 else 1.0
+    crowding = 0.72 if len(scene.things) == 3 else 1.0
     for thing, (x, y) in zip(scene.things, ARRANGEMENTS[scene.arrangement], strict=True):
         centre = (side * (x + random_.uniform(-0.03, 0.03)), side * (y + random_.uniform(-0.03, 0.03)))
         radius = side * SIZES[thing.size][2] * crowding * random_.uniform(0.94, 1.06)

@@ -80,11 +80,11 @@ class CaptionEvaluator:
                 self.judge(caption, sample, language) for caption, sample in zip(captions, pool.samples, strict=True)
             ]
             share = sum(right) / len(right)
-            metrics[f"{self.name}/{language}/exactly_right"] = share
-            metrics[f"{self.name}/{language}/num_images"] = float(pool.num_images)
+            metrics[f"{language}/exactly_right"] = share
+            metrics[f"{language}/num_images"] = float(pool.num_images)
             lines.append(f"{self.name} {language}: {share:.1%} of {pool.num_images} captions exactly right")
             if ranks.is_first and self.examples:
-                pictures[f"{self.name}/{language}"] = caption_examples(pool, captions, right, self.examples)
+                pictures[language] = caption_examples(pool, captions, right, self.examples)
         return Evaluation(metrics, pictures, tuple(lines))
 
     def captions(self, model: ImageTextModel, pool: Pool, device: torch.device, ranks: Ranks) -> list[str]:

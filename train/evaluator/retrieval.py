@@ -90,10 +90,10 @@ class RetrievalEvaluator:
             with evaluating(model):
                 scores = self.scores(model, pool, device, ranks)
             found = self._recalls(pool, scores)
-            metrics |= {f"{self.name}/{language}/{key}": value for key, value in found.items()}
+            metrics |= {f"{language}/{key}": value for key, value in found.items()}
             lines += self._lines(language, pool, found)
             if ranks.is_first and self.examples:
-                pictures[f"{self.name}/{language}"] = retrieval_examples(pool, scores[-1][1][0], self.examples)
+                pictures[language] = retrieval_examples(pool, scores[-1][1][0], self.examples)
         return Evaluation(metrics, pictures, tuple(lines))
 
     def scores(
