@@ -66,7 +66,7 @@ def build_tokenizer(config: DictConfig, run: Any, sources: Any) -> Any:
 
 
 def some_captions(sources: Mapping[str, Any], at_most: int = 2000) -> list[str]:
-    """Cleaned captions, evenly from every source and language, to train a small tokenizer on."""
+    """Cleaned captions and keywords, evenly from every source and language, to train a small tokenizer on."""
     from data.caption import clean_caption
     from data.source import BadSample
 
@@ -76,7 +76,8 @@ def some_captions(sources: Mapping[str, Any], at_most: int = 2000) -> list[str]:
             size = source.num_samples(language)
             for index in range(0, size, max(1, size // at_most)):
                 try:
-                    texts += [clean_caption(text, language) for text in source.read(language, index).captions]
+                    sample = source.read(language, index)
+                    texts += [clean_caption(text, language) for text in (*sample.captions, *sample.keywords)]
                 except BadSample:
                     continue
     return texts
