@@ -32,7 +32,7 @@ PEAK_TFLOPS = 989.0  # dense bf16 of H100 and H200 SXM, by the vendor's datashee
 
 def full_size_stage(device: torch.device, *, vocab_size: int, dropout: float, compile_vision: bool) -> Stage:
     with device:
-        vision = eva_vit(compile_blocks=compile_vision).to(device)
+        vision = eva_vit(compile_blocks=compile_vision, dtype="bfloat16").to(device)
         qformer = QFormer(vocab_size=vocab_size, image_width=vision.width, dropout=dropout)
         model = ImageTextModel(vision, qformer)
     losses = StageOneLoss(ImageTextContrastive(), ImageTextMatching(), ImageGroundedTextGeneration())

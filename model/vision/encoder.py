@@ -29,9 +29,9 @@ class ImageEncoder(nn.Module):
     """A vision network, the pixel normalisation that belongs to it, and its sizes.
 
     `frozen` switches gradients off, holds the network in eval mode whatever `train()` asks for, and builds no graph.
-    `dtype` is how a frozen network is stored: "float32", "bfloat16", "float16", or "auto" (bfloat16 from the moment it
-    is moved to a GPU).  A 16-bit frozen network runs with autocast off: under autocast its LayerNorms would return
-    float32 and double the traffic of the residual stream.  One that trains along is always float32.
+    `dtype` is what the weights are made in, for a frozen network; training stores it in the run's precision anyway
+    (`train.engine.store_frozen`).  A 16-bit frozen network runs with autocast off: under autocast its LayerNorms would
+    return float32 and double the traffic of the residual stream.  One that trains along is always float32.
     """
 
     def __init__(
@@ -40,23 +40,22 @@ class ImageEncoder(nn.Module):
         *,
         image_size: int,
         frozen: bool,
-        dtype: str = "auto",
+        dtype: str = "float32",
         ln_eps: float = LAVIS_LN_EPS,
         pixel_mean: Sequence[float] = CLIP_MEAN,
         pixel_std: Sequence[float] = CLIP_STD,
         compile_blocks: bool = False,
     ):
         super().__init__()
-        if dtype != "auto" and dtype not in _DTYPES:
-            raise ValueError(f"vision.dtype is {dtype!r}; it can be auto, {', '.join(_DTYPES)}")
-        if not frozen and dtype not in ("auto", "float32"):
+        if dtype not in _DTYPES:
+            raise ValueError(f"vision.dtype is {dtype!r}; it can be {', '.join(_DTYPES)}")
+        if not frozen and dtype != "float32":
             raise ValueError(f"vision.dtype={dtype} with vision.frozen=false: an encoder that trains stays in float32")
         self.network = network
         self.image_size = image_size
         self.frozen = frozen
         self.ln_eps = ln_eps
         self.loaded_from: str | None = None  # the folder whose weights it was built with, for the table of weights
-        self._auto_dtype = dtype == "auto" and frozen
         for name, values in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
             # not persistent: they come with the config, and a checkpoint of weights has no business changing them
             self.register_buffer(name, torch.tensor(list(values), dtype=torch.float32).view(3, 1, 1), persistent=False)
@@ -65,8 +64,7 @@ class ImageEncoder(nn.Module):
 
         self._network_options = _options_for(network, image_size)
         self.num_tokens, self.width, self._flops_per_image = self._measure()
-        if dtype in _DTYPES:
-            network.to(_DTYPES[dtype])
+        network.to(_DTYPES[dtype])
         if frozen:
             network.requires_grad_(False)
         self.train(self.training)
@@ -107,12 +105,6 @@ class ImageEncoder(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_tokens} tokens x {self.width}, {self.image_size} px, frozen={self.frozen}"
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        if self._auto_dtype and next(self.network.parameters()).is_cuda:
-            self.network.to(torch.bfloat16)
-        return self
 
     def _mode(self, device_type: str) -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
@@ -160,7 +152,7 @@ def eva_vit(
     layer_norm_eps: float = 1e-6,
     initial_std: float = 0.02,
     frozen: bool = True,
-    dtype: str = "auto",
+    dtype: str = "float32",
     ln_eps: float = LAVIS_LN_EPS,
     pixel_mean: Sequence[float] = CLIP_MEAN,
     pixel_std: Sequence[float] = CLIP_STD,
@@ -213,7 +205,7 @@ def vision_from_folder(
     num_layers: int | None = None,
     load: bool = True,
     frozen: bool = True,
-    dtype: str = "auto",
+    dtype: str = "float32",
     ln_eps: float = LAVIS_LN_EPS,
     pixel_mean: Sequence[float] | None = None,
     pixel_std: Sequence[float] | None = None,
