@@ -43,7 +43,7 @@ def clean_chinese(text: str, *, max_characters: int = 100) -> str:
 def _narrow(character: str) -> str:
     if character.isspace():
         return " "
-    if unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co", "Cn"}:
+    if unicodedata.category(character) in {"Cc", "Cf", "Cs", "Co"}:
         return ""
     narrow = unicodedata.normalize("NFKC", character)
     return narrow if narrow.isascii() and narrow.isalnum() and unicodedata.category(character) != "No" else character
@@ -60,6 +60,11 @@ CLEANERS: dict[str, Callable[[str], str]] = {"zh": clean_chinese, "en": clean_en
 def clean_caption(text: str, language: str) -> str:
     """By language; one without a cleaner of its own keeps its case and punctuation."""
     return CLEANERS.get(language, clean_plain)(text)
+
+
+def is_empty(text: str) -> bool:
+    """Whether nothing of it can be seen: white space, control and zero-width characters at most."""
+    return all(unicodedata.category(character)[0] in "ZC" for character in text)
 
 
 def draw_caption(sample: RawSample, language: str, rng: np.random.Generator) -> str:

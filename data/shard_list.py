@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 REMOTE = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 FETCH_ATTEMPTS = 3
+RETRY_PAUSE_S = 2.0
 FETCHES = 8  # at a time
 
 
@@ -126,7 +128,9 @@ def local_copies(addresses: Sequence[str], cache_dir: Path, *, with_parquet: boo
 def _fetch(address: str, target: Path) -> None:
     part = target.with_name(target.name + ".part")
     problem = ""
-    for _ in range(FETCH_ATTEMPTS):
+    for attempt in range(FETCH_ATTEMPTS):
+        if attempt:
+            time.sleep(RETRY_PAUSE_S)
         try:
             expected = _download(address, part)
         except FileNotFoundError:

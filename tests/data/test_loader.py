@@ -155,7 +155,7 @@ def test_text_keys_follow_the_cleaned_caption(tmp_path: Path) -> None:
         ("no JSON", lambda m: without(m, "00004.json")),
         ("broken JSON", lambda m: replaced(m, "00004.json", b"{")),
         ("broken JSON", lambda m: replaced(m, "00004.json", '{"zh": "中文", "en": "a"}'.encode("gbk"))),
-        ("empty text", lambda m: replaced(m, "00004.json", b'{"zh": "\\u200b", "en": "..."}')),
+        ("empty text", lambda m: replaced(m, "00004.json", b'{"zh": "\\u200b", "en": "...\\t\\u200b"}')),
         ("truncated image", lambda m: replaced(m, "00004.jpg", jpeg(4, (200, 150))[:1500])),
         ("unreadable image", lambda m: replaced(m, "00004.jpg", b"no picture")),
     ],

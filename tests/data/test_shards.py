@@ -333,11 +333,12 @@ def web(tmp_path: Path):
         server.shutdown()
 
 
-def test_remote_shards_come_whole_once_and_read_the_same(web, tmp_path: Path) -> None:
+def test_remote_shards_come_whole_once_and_read_the_same(web, tmp_path: Path, monkeypatch) -> None:
     folder, address = web
     for shard in range(2):
         img2dataset_shard(folder, f"{shard:05d}", range(shard * 6, shard * 6 + 6))
     local = ShardSource(str(folder), language_field="lang")
+    monkeypatch.setattr("data.shard_list.RETRY_PAUSE_S", 0)
     Handler.cut_short = 1  # the first answer ends early and is asked for again
     make = partial(
         ShardSource, address + "/{00000..00001}.tar", language_field="lang", cache_dir=str(tmp_path / "cache")
@@ -353,3 +354,20 @@ def test_a_remote_shard_that_is_not_there(web, tmp_path: Path) -> None:
     _, address = web
     with pytest.raises(ValueError, match="no shard at.*00007.tar: the server answered 404"):
         ShardSource(address + "/00007.tar", language="zh", cache_dir=str(tmp_path / "cache"))
+
+
+def test_shards_in_any_file_system_that_fsspec_knows(tmp_path: Path) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for shard in range(2):
+        file = img2dataset_shard(tmp_path, f"{shard:05d}", range(shard * 6, shard * 6 + 6))
+        for suffix in (".tar", ".parquet"):
+            memory.pipe(f"/bucket/{file.stem}{suffix}", file.with_suffix(suffix).read_bytes())
+    expected = ShardSource(str(tmp_path), language_field="lang").fingerprint()
+    cache = {"cache_dir": str(tmp_path / "cache"), "language_field": "lang"}
+    assert ShardSource("memory://bucket/*.tar", **cache).fingerprint() == expected
+    with pytest.raises(ValueError, match="no shard at memory://bucket/00009.tar"):
+        ShardSource("memory://bucket/00009.tar", **cache)
+    with pytest.raises(ValueError, match="abc://x/0.tar.*Protocol not known"):
+        ShardSource("abc://x/0.tar", **cache)
