@@ -9,7 +9,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -133,6 +133,7 @@ class Tracker:
 
     def __init__(self, run_dir: Path, *, first_step: int, steps: int, is_first: bool, writer: Writer | None = None):
         self.is_first, self.steps, self.writer = is_first, steps, writer
+        self._report = run_dir / "report"
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", first_step) if is_first else None
         self._bar: Any = None
         if is_first and sys.stderr.isatty():
@@ -159,11 +160,23 @@ class Tracker:
             self.say(f"step {step}/{self.steps}  {losses}  {speed:.1f} samples/s  {self._time_left(step)} left")
         self._log(step, {f"train/{name}": value for name, value in values.items()}, {})
 
-    def eval(self, step: int, name: str, values: Mapping[str, float], pictures: Mapping[str, Any]) -> None:
+    def eval(
+        self,
+        step: int,
+        name: str,
+        values: Mapping[str, float],
+        pictures: Mapping[str, Any],
+        lines: Sequence[str] = (),
+    ) -> None:
+        """`pictures` (PIL) also lie in report/ as `<evaluator>_<name>.png`, the newest only."""
         if self._metrics is None:
             return
         self._metrics.write("eval", step, {"evaluator": name, **values})
-        self.say(f"step {step}  {name}: " + "  ".join(f"{key} {value:.4g}" for key, value in values.items()))
+        for line in lines or ["  ".join(f"{key} {value:.4g}" for key, value in values.items())]:
+            self.say(f"step {step}  {line}")
+        for picture_name, picture in pictures.items():
+            self._report.mkdir(exist_ok=True)
+            picture.save(self._report / f"{name}_{picture_name}.png".replace("/", "_"))
         self._log(step, {f"{name}/{key}": value for key, value in values.items()}, pictures)
 
     def event(self, step: int, what: str, **details: Any) -> None:

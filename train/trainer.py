@@ -185,9 +185,7 @@ class Trainer:
         with self.engine.evaluating():
             for evaluator in self.evaluators:
                 found = evaluator(self.engine.module.model, device=self.device, ranks=self.ranks)
-                self.tracker.eval(step, evaluator.name, found.metrics, found.pictures)
-                for line in found.lines:
-                    self.tracker.say(line)
+                self.tracker.eval(step, evaluator.name, found.metrics, found.pictures, found.lines)
         set_random_state(*before)
         self.engine.module.train()
         self._restart_clock(step)

@@ -1,0 +1,168 @@
+"""A checkpoint is whole or not there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from train.checkpoint import (
+    Checkpoints,
+    check_same,
+    frozen_fingerprint,
+    load_weights,
+    random_state,
+    read_state,
+    set_random_state,
+)
+from train.distributed import Ranks
+
+
+class FakeEngine:
+    def __init__(self, weight: float = 0.0):
+        self.weight = weight
+
+    def full_weights(self) -> Any:
+        yield "a.weight", torch.full((2, 3), self.weight)
+
+    def full_optimizer_state(self) -> Any:
+        yield "a.weight.exp_avg", torch.zeros(2, 3)
+
+    def loss_scale_state(self) -> dict[str, Any]:
+        return {}
+
+
+def save(run_dir: Path, steps: list[int], keep: int = 0) -> Checkpoints:
+    checkpoints = Checkpoints(run_dir, Ranks.alone(), keep=keep)
+    for step in steps:
+        engine: Any = FakeEngine(float(step))
+        checkpoints.save(engine, step, {"data": {"next_step": step}}, "run: {}\n")
+    return checkpoints
+
+
+def damage(folder: Path, how: str) -> None:
+    if how == "no marker":
+        (folder / "complete").unlink()
+    elif how == "cut file":
+        data = (folder / "weights.safetensors").read_bytes()
+        (folder / "weights.safetensors").write_bytes(data[:-1])
+    elif how == "lost file":
+        (folder / "state.json").unlink()
+    elif how == "cut marker":
+        (folder / "complete").write_text('{"state.js')
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("no marker", "not written to the end"),
+        ("cut file", "bytes instead of"),
+        ("lost file", "state.json is missing"),
+        ("cut marker", "marker file is damaged"),
+    ],
+)
+def test_damaged_checkpoint_is_ignored_and_reported(tmp_path: Path, how: str, message: str) -> None:
+    checkpoints = save(tmp_path, [9, 10, 100])
+    damage(tmp_path / "checkpoints/step_100", how)
+    newest, damaged = checkpoints.newest()
+    assert newest == tmp_path / "checkpoints/step_10"
+    assert len(damaged) == 1 and "step_100" in damaged[0] and message in damaged[0]
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert Checkpoints(tmp_path, Ranks.alone(), keep=1).newest() == (None, [])
+
+
+def test_interrupted_save_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, [1])
+
+    def full_disk(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("train.checkpoint._sync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save(tmp_path, [2])
+    monkeypatch.undo()
+    assert Checkpoints(tmp_path, Ranks.alone(), keep=1).newest()[0] == tmp_path / "checkpoints/step_1"
+    assert (tmp_path / "checkpoints/latest").resolve().name == "step_1"
+    save(tmp_path, [2])
+    assert (tmp_path / "checkpoints/latest").resolve().name == "step_2"
+
+
+@pytest.mark.parametrize(("keep", "expected"), [(0, [1, 2, 3, 10]), (1, [10]), (2, [3, 10])])
+def test_rotation_keeps_the_newest(tmp_path: Path, keep: int, expected: list[int]) -> None:
+    save(tmp_path, [1, 2, 3, 10], keep)
+    assert sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").glob("step_*")) == expected
+
+
+def test_rotation_does_not_count_damaged_ones(tmp_path: Path) -> None:
+    save(tmp_path, [1, 2])
+    damage(tmp_path / "checkpoints/step_2", "no marker")
+    save(tmp_path, [3], keep=2)
+    assert {p.name for p in (tmp_path / "checkpoints").glob("step_*")} == {"step_1", "step_2", "step_3"}
+
+
+def test_state_tells_step_position_and_versions(tmp_path: Path) -> None:
+    save(tmp_path, [4])
+    state = read_state(tmp_path / "checkpoints/latest")
+    assert state["step"] == 4 and state["data"] == {"next_step": 4}
+    assert state["versions"]["torch"] == torch.__version__.partition("+")[0] or state["versions"]["torch"]
+    sizes = json.loads((tmp_path / "checkpoints/latest/complete").read_text())
+    assert sizes.keys() == {
+        "weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "config.yaml"
+    }  # fmt: skip
+
+
+class OneLayer(nn.Module):
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.a = nn.Linear(*shape, bias=False)
+
+
+def test_load_weights(tmp_path: Path) -> None:
+    save(tmp_path, [7])
+    folder = tmp_path / "checkpoints/step_7"
+    model = OneLayer(3, 2)
+    load_weights(model, folder)
+    assert torch.equal(model.a.weight, torch.full((2, 3), 7.0))
+    with pytest.raises(ValueError, match=r"a\.weight has shape \(2, 3\), this model's has \(4, 3\)"):
+        load_weights(OneLayer(3, 4), folder)
+    with pytest.raises(ValueError, match=r"1 trainable parameters are not in it \(\['0\.a\.weight'\]\)"):
+        load_weights(nn.Sequential(OneLayer(3, 2)), folder)
+
+
+def test_fingerprints_name_what_changed() -> None:
+    before = {"seed": 1, "sources": {"photos": {"zh": 10}}}
+    assert check_same(before, before, "the data", force=False) == []
+    now = {"seed": 1, "sources": {"photos": {"zh": 12}, "more": {"zh": 1}}}
+    with pytest.raises(ValueError, match=r"sources\.more\.zh: absent -> 1; sources\.photos\.zh: 10 -> 12.*run\.resume"):
+        check_same(before, now, "the data", force=False)
+    assert len(check_same(before, now, "the data", force=True)) == 2
+
+
+def test_frozen_hash_sees_one_bit_and_no_trainable_weight() -> None:
+    model = nn.ModuleDict({"frozen": OneLayer(3, 2).requires_grad_(False), "free": OneLayer(3, 2)})
+    expected = frozen_fingerprint(model)
+    assert expected["names"] == ["frozen.a.weight"]
+    model["free"].a.weight.data += 1
+    assert frozen_fingerprint(model) == expected
+    model["frozen"].a.weight.data[1, 2] += 1e-7
+    assert frozen_fingerprint(model)["sha256"] != expected["sha256"]
+
+
+def test_random_states_come_back() -> None:
+    import random
+
+    tensors, plain = random_state()
+    plain = json.loads(json.dumps(plain))
+    expected = (torch.rand(3), np.random.rand(3), random.random())
+    set_random_state(tensors, plain)
+    again = (torch.rand(3), np.random.rand(3), random.random())
+    assert torch.equal(again[0], expected[0])
+    assert np.array_equal(again[1], expected[1])
+    assert again[2] == expected[2]
