@@ -78,8 +78,8 @@ class Mixture:
     Args:
         languages: language -> weight; their order is `ImageTextBatch.languages`.  One to one is VisualGLM's
             (https://github.com/THUDM/VisualGLM-6B: 30M Chinese and 300M English pairs "with the same weight").
-        sources: source -> weight among the sources of a language.  A source that is not named weighs as many samples as
-            it has there, so naming none reads every sample of a language equally often.
+        sources: source -> weight among the sources of a language; 0 leaves one out.  Without weights each source weighs
+            its samples, so that every sample of a language is read equally often.
     """
 
     def __init__(self, languages: Mapping[str, float], sources: Mapping[str, float] | None = None):
@@ -101,16 +101,28 @@ class Mixture:
         languages = {name: weight for name, weight in self.languages.items() if weight > 0}
         for language in languages:
             sizes = {name: src.num_samples(language) for name, src in sources.items() if language in src.languages}
-            weights = {name: self.sources.get(name, float(size)) if size else 0.0 for name, size in sizes.items()}
-            used = [name for name, weight in weights.items() if weight > 0]
-            if not used:
+            weights = self._source_weights(language, sizes)
+            if not weights:
                 raise ValueError(
                     f"the mixture asks for {language!r}, but no source has a sample of it (found: {sizes}); "
                     f"check the source's language options or set data.mixture.languages.{language}=0"
                 )
-            streams += [Stream(name, language, sizes[name]) for name in used]
-            inner.append(Quotas([weights[name] for name in used]))
+            streams += [Stream(name, language, sizes[name]) for name in weights]
+            inner.append(Quotas(list(weights.values())))
         return Plan(streams, Quotas(list(languages.values())), inner, tuple(languages), seed)
+
+    def _source_weights(self, language: str, sizes: Mapping[str, int]) -> dict[str, float]:
+        used = [name for name, size in sizes.items() if size and self.sources.get(name, 1.0) > 0]
+        named = [name for name in used if name in self.sources]
+        if not named:
+            return {name: float(sizes[name]) for name in used}
+        unnamed = [name for name in used if name not in self.sources]
+        if unnamed:  # a weight has no meaning beside a number of samples
+            raise ValueError(
+                f"mixture.sources gives a weight to {named} but none to {unnamed}, which have {language!r} too; "
+                "give one to each, or to none of them"
+            )
+        return {name: self.sources[name] for name in used}
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,10 @@ def test_sources_weigh_their_samples_unless_told() -> None:
         return np.bincount(stream, minlength=2).tolist()
 
     assert shares() == [100, 300]
-    assert shares(sources={"small": 300}) == [200, 200]
+    assert shares(sources={"small": 1, "large": 1}) == [200, 200]
+    assert shares(sources={"small": 3, "large": 1}) == [300, 100]
+    with pytest.raises(ValueError, match=r"weight to \['small'\] but none to \['large'\]"):
+        shares(sources={"small": 3})
     assert plan_of({"en": 1}, sizes, sources={"small": 0}).streams[0].source == "large"
 
 
