@@ -1,0 +1,285 @@
+"""The demo: stage one from pictures to a table of results, on a CPU.  `bash scripts/demo.sh` sets up and calls this.
+
+    python scripts/demo.py [--dir outputs/demo] [--fresh] [key=value ...]
+
+Each part leaves its result in the directory and is not done twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+    from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_SCENES, VOCAB_SIZE = int(os.environ.get("NS", 12000)), 1000
+NAMES = {"zh": "Chinese", "en": "English"}
+OUR_FOLDERS = ("scenes", "shards", "tokenizer", "checkpoints", "report", "wandb")
+OUR_FILES = ("config.yaml", "metrics.jsonl", "prepared.json")
+
+
+def main() -> None:
+    options = parse_arguments()
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    folder: Path = options.dir
+    overrides = ["experiment=demo", f"run.dir={folder}", *options.overrides]
+    from train.config import compose
+
+    config = compose("pretrain", overrides)  # first: a mistyped key must not cost a minute
+    if options.fresh:
+        remove(folder)
+    done = finished(folder, config)
+    if done is not None:
+        print(f"The demo in {folder} is done already; bash scripts/demo.sh --fresh starts afresh.\n\n{table(done)}")
+    else:
+        started = time.monotonic()
+        prepare(folder)
+        with part(4, f"train, {config.train.steps} steps; interrupted, the same command goes on from the last save"):
+            subprocess.run([sys.executable, "-m", "train.pretrain", *overrides], check=True)
+        with part(5, "evaluate on 256 scenes whose compositions never occur in training"):
+            metrics = report(folder, config)
+        print(f"\n{table(metrics)}\n\nAll of it took {(time.monotonic() - started) / 60:.1f} minutes.")
+    print(what_next(folder))
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="bash scripts/demo.sh", description="Stage one on synthetic scenes, on a CPU."
+    )
+    parser.add_argument("--dir", type=Path, default=Path("outputs/demo"), help="where everything goes (%(default)s)")
+    parser.add_argument("--fresh", action="store_true", help="remove what an earlier demo left there, start afresh")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train.pretrain, e.g. train.steps=4000")
+    options = parser.parse_args()
+    for text in options.overrides:
+        if "=" not in text:
+            parser.error(f"expected key=value, got {text!r}")
+    options.dir = options.dir.resolve()
+    if options.dir.is_relative_to(ROOT):
+        options.dir = options.dir.relative_to(ROOT)
+    return options
+
+
+def remove(folder: Path) -> None:
+    """What a demo makes, and nothing else that may lie there."""
+    for name in OUR_FOLDERS:
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in OUR_FILES:
+        (folder / name).unlink(missing_ok=True)
+
+
+def finished(folder: Path, config: DictConfig) -> dict[str, float] | None:
+    """The metrics of a demo that has been through all parts with as many steps."""
+    file = folder / "report" / "report.json"
+    if not file.exists():
+        return None
+    found = json.loads(file.read_text("utf-8"))
+    return found["metrics"] if found["steps"] == config.train.steps else None
+
+
+@contextmanager
+def part(number: int, what: str) -> Iterator[None]:
+    print(f"\n[{number}/5] {what}", flush=True)
+    started = time.monotonic()
+    yield
+    print(f"      {time.monotonic() - started:.0f} s", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ the parts
+
+
+def prepare(folder: Path) -> None:
+    """Pictures -> shards -> tokenizer, as one would with pictures of one's own."""
+    from data.source.synthetic import SceneSource
+
+    scenes = SceneSource(NUM_SCENES)
+    marker = folder / "prepared.json"
+    fingerprint = {**scenes.fingerprint(), "vocab_size": VOCAB_SIZE}
+    if marker.exists() and json.loads(marker.read_text("utf-8")) == fingerprint:
+        print("[1-3/5] shards and tokenizer are there already")
+        return
+    with part(1, f"draw {NUM_SCENES} scenes with Chinese and English captions"):
+        pairs = scenes.write_pairs(folder / "scenes")
+    with part(2, "pack them into shards"):
+        command = ["scripts/pack_shards.py", str(pairs), str(folder / "shards"), "--overwrite"]
+        subprocess.run([sys.executable, *command], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        shutil.rmtree(folder / "scenes" / "pictures")
+    with part(3, "train a WordPiece tokenizer on the captions"):
+        train_tokenizer(scenes, folder / "tokenizer")
+    marker.write_text(json.dumps(fingerprint), "utf-8")
+
+
+def train_tokenizer(scenes: Any, folder: Path) -> None:
+    from data.caption import clean_caption
+    from model.tokenizer import train_wordpiece
+
+    texts = [
+        clean_caption(text, language)
+        for index in range(0, NUM_SCENES, 4)  # every word occurs in a few hundred scenes
+        for language in scenes.languages
+        for text in scenes.scene(index).captions(language)
+    ]
+    train_wordpiece(texts, VOCAB_SIZE, folder)
+
+
+def report(folder: Path, config: DictConfig) -> dict[str, float]:
+    """Evaluates the newest checkpoint; writes report.json and examples.png."""
+    import torch
+
+    from train.checkpoint import Checkpoints, load_weights
+    from train.config import build
+    from train.distributed import Ranks
+    from train.pretrain import build_evaluators, build_stage
+    from train.run import Run
+
+    ranks, device = Ranks.alone(), torch.device("cpu")
+    newest, _ = Checkpoints(folder, ranks, keep=config.train.keep_checkpoints).newest()
+    assert newest is not None, f"training left no checkpoint in {folder}"
+    codec = build(config.model.tokenizer)
+
+    class Silent(Run):
+        def say(self, text: str) -> None:
+            """The table of weights was printed when training began."""
+
+    stage = build_stage(config, Silent(device, ranks, folder), codec)
+    load_weights(stage, newest)
+    metrics: dict[str, float] = {}
+    evaluators = {evaluator.name: evaluator for evaluator in build_evaluators(config, codec)}
+    for name, evaluator in evaluators.items():
+        found = evaluator(stage.model, device=device, ranks=ranks)
+        metrics |= {f"{name}/{key}": value for key, value in found.metrics.items()}
+    (folder / "report").mkdir(parents=True, exist_ok=True)
+    picture = draw_report(stage.model, evaluators, folder / "metrics.jsonl", device, ranks)
+    picture.save(folder / "report" / "examples.png", optimize=True)
+    content = {"steps": config.train.steps, "checkpoint": newest.name, "metrics": metrics}
+    (folder / "report" / "report.json").write_text(json.dumps(content, indent=1), "utf-8")
+    return metrics
+
+
+def read_metrics(file: Path, kind: str) -> list[dict[str, Any]]:
+    entries = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    return [entry for entry in entries if entry["kind"] == kind]
+
+
+# ----------------------------------------------------------------------------------------------------------- the report
+
+
+def table(metrics: Mapping[str, float]) -> str:
+    """Rows of measures, a column for each language; each number with the size of its pool."""
+    size = int(metrics["retrieval/zh/num_images"])
+    rows = [
+        (f"{says}, {how.upper()}  R@{k}", f"retrieval/{{}}/{how}/{direction}/r@{k}")
+        for direction, says in (("image_to_text", "image to text"), ("text_to_image", "text to image"))
+        for how in ("itc", "itm")
+        for k in (1, 5)
+    ]
+    rows.append(("captions exactly right, ITG", "caption/{}/exactly_right"))
+    lines = [f"{f'{size} unseen scenes':<32}" + "".join(f"{name:>10}" for name in NAMES.values())]
+    lines += [f"{says:<32}" + "".join(f"{metrics[key.format(lang)]:>10.1%}" for lang in NAMES) for says, key in rows]
+    lines.append("(ITC ranks by features alone; ITM ranks its best candidates again, image and text together)")
+    return "\n".join(lines)
+
+
+def draw_report(
+    model: Any, evaluators: Mapping[str, Any], metrics_file: Path, device: Any, ranks: Any, number: int = 6
+) -> Image.Image:
+    """Loss curves above; below them unseen scenes, what was retrieved and what was generated for them."""
+    from PIL import Image
+
+    from train.evaluator import evaluating
+    from train.evaluator.picture import spread, text_beside_images
+
+    retrieval, caption = evaluators["retrieval"], evaluators["caption"]
+    lines: dict[int, list[tuple[str, bool | None]]] = {i: [] for i in spread(retrieval.pools["zh"].num_images, number)}
+    for language in NAMES:
+        pool = retrieval.pools[language]
+        with evaluating(model):
+            best_I = dict(retrieval.scores(model, pool, device, ranks))["itm"][0].argmax(dim=1).tolist()
+            said = caption.captions(model, caption.pools[language], device, ranks)
+        right_IT = pool.is_right()
+        for i, shown in lines.items():
+            shown.append((f"retrieved:  {pool.captions[best_I[i]]}", bool(right_IT[i, best_I[i]])))
+            shown.append((f"generated:  {said[i]}", caption.judge(said[i], pool.samples[i], language)))
+    images = retrieval.pools["zh"].image_ICHW
+    examples = text_beside_images([(images[i], shown) for i, shown in lines.items()], columns=1)
+    curves = draw_curves(metrics_file, examples.width)
+    canvas = Image.new("RGB", (examples.width, curves.height + examples.height), "white")
+    canvas.paste(curves, (0, 0))
+    canvas.paste(examples, (0, curves.height))
+    return canvas
+
+
+def draw_curves(metrics_file: Path, width: int, height: int = 240) -> Image.Image:
+    """The three losses, and what came out on unseen scenes while training went on."""
+    import io
+
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from PIL import Image
+
+    training, evaluations = read_metrics(metrics_file, "train"), read_metrics(metrics_file, "eval")
+    names = {"itc": "ITC (contrastive)", "itm": "ITM (matching)", "itg": "ITG (captions)"}
+    figure, panels = pyplot.subplots(1, 4, figsize=(width / 100, height / 100), dpi=100, layout="constrained")
+    for axes, (name, title) in zip(panels, names.items(), strict=False):
+        steps, values = [entry["step"] for entry in training], [entry[name] for entry in training]
+        axes.plot(steps, values, color="#a8c4ee", lw=1)
+        axes.plot(steps, running_mean(values), color="#1f4fa0", lw=1.5)
+        axes.set_title(title, fontsize=10)
+    for (evaluator, key), style in {
+        ("retrieval", "itc/image_to_text/r@1"): ("R@1, ITC", "#1f4fa0"),
+        ("retrieval", "itm/image_to_text/r@1"): ("R@1, ITM", "#d07a1c"),
+        ("caption", "exactly_right"): ("captions", "#2a8a4a"),
+    }.items():
+        found = [entry for entry in evaluations if entry["evaluator"] == evaluator]
+        means = [sum(entry[f"{language}/{key}"] for language in NAMES) / len(NAMES) for entry in found]
+        panels[-1].plot([entry["step"] for entry in found], means, label=style[0], color=style[1], marker=".")
+    panels[-1].set_title("unseen scenes: share right", fontsize=10)
+    panels[-1].set_ylim(top=1.02)
+    panels[-1].legend(fontsize=7, loc="lower right")
+    for axes in panels:
+        axes.set_xlabel("step", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    with io.BytesIO() as file:
+        figure.savefig(file, format="png")
+        pyplot.close(figure)
+        return Image.open(file).convert("RGB")
+
+
+def running_mean(values: list[float], span: int = 9) -> list[float]:
+    near = [values[max(0, i - span // 2) : i + span // 2 + 1] for i in range(len(values))]
+    return [sum(part) / len(part) for part in near]
+
+
+def what_next(folder: Path) -> str:
+    return f"""
+  {folder}/report/examples.png    examples and loss curves
+  {folder}/metrics.jsonl          every number of the run
+  {folder}/config.yaml            every setting of it
+
+What to do next
+  longer training            bash scripts/demo.sh --fresh train.steps=4000
+  your own pictures          python scripts/pack_shards.py --help
+                             python scripts/pack_shards.py PAIRS.jsonl datasets/mine
+                             python -m train.pretrain experiment=stage_one/emoji data.source.shards.paths=datasets/mine
+  every key of a run         python -m train.pretrain --help
+  what this machine can do   python scripts/doctor.py"""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The demo itself, from pictures to its report, held to what it must have learned."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+# Measured on the whole demo (docs in README.md); below are the same numbers with room for another machine's rounding.
+LEAST = {"retrieval/{}/itc/{}/r@1": 0.7, "retrieval/{}/itm/{}/r@1": 0.7}
+LEAST_CAPTIONS = 0.5
+
+
+def run_demo(root: Path, folder: Path) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count() or 1)}
+    done = subprocess.run(
+        [sys.executable, "scripts/demo.py", "--dir", str(folder)],
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_demo_learns_to_read_unseen_scenes(repo_root: Path, tmp_path: Path) -> None:
+    said = run_demo(repo_root, tmp_path)
+    assert "256 unseen scenes" in said and "What to do next" in said
+    metrics = json.loads((tmp_path / "report" / "report.json").read_text("utf-8"))["metrics"]
+    for language in ("zh", "en"):
+        assert metrics[f"retrieval/{language}/num_images"] == metrics[f"retrieval/{language}/num_texts"] == 256
+        for key, least in LEAST.items():
+            for direction in ("image_to_text", "text_to_image"):
+                assert metrics[key.format(language, direction)] >= least, (language, direction, key, metrics)
+        assert metrics[f"caption/{language}/exactly_right"] >= LEAST_CAPTIONS, (language, metrics)
+    with Image.open(tmp_path / "report" / "examples.png") as picture:
+        assert picture.width > 600 and picture.height > 600
+    assert (tmp_path / "report" / "examples.png").stat().st_size < 300_000
+
+    lines = (tmp_path / "metrics.jsonl").read_text("utf-8")
+    again = run_demo(repo_root, tmp_path)
+    assert "is done already" in again and "--fresh" in again
+    assert (tmp_path / "metrics.jsonl").read_text("utf-8") == lines  # nothing was trained again
