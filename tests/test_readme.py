@@ -172,7 +172,7 @@ def test_starting_values_are_what_guessing_costs() -> None:
     assert f"ln N: {math.log(1024):.2f} for N = 1024" in ENGLISH
     assert f"ln V: {math.log(30523):.2f} for V = 30523" in ENGLISH
     prior = -(1 / 3) * math.log(1 / 3) - (2 / 3) * math.log(2 / 3)
-    assert f"| {prior:.4f} |" in ENGLISH
+    assert f"| ln 2 = {math.log(2):.2f}, soon {prior:.4f} |" in ENGLISH
 
 
 def test_versions_agree_with_the_package() -> None:
