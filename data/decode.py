@@ -6,7 +6,7 @@ import io
 import warnings
 
 import numpy as np
-from PIL import AvifImagePlugin, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
+from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 from data.source import BadSample
 
@@ -65,8 +65,8 @@ def resize(
     """
     width, height = image.size
     left, upper, right, lower = box or (0.0, 0.0, float(width), float(height))
+    turn = _turn(image)
     try:
-        turn = _TURN.get(image.getexif().get(_ORIENTATION, 1))
         if draft:
             # what the whole picture measures when the box has the size asked for
             wanted = (int(np.ceil(size[0] * width / (right - left))), int(np.ceil(size[1] * height / (lower - upper))))
@@ -81,6 +81,15 @@ def resize(
         size, Image.Resampling.BICUBIC, box=(left * across, upper * down, right * across, lower * down)
     )
     return picture if turn is None else picture.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return _TURN.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # broken EXIF is common on the web and says nothing about the pixels
+        return None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -100,5 +109,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def upright(image: Image.Image) -> Image.Image:
-    """The whole picture in RGB, turned as its EXIF orientation says; for showing it, not for training."""
-    return to_rgb(ImageOps.exif_transpose(image))
+    """The whole picture in RGB, turned as its EXIF orientation says; for storing or showing it."""
+    turn = _turn(image)
+    return to_rgb(image) if turn is None else to_rgb(image).transpose(turn)

@@ -132,6 +132,19 @@ def test_exif_orientation(orientation: int) -> None:
     assert np.array_equal(resize(open_image(raw), (32, 32)), expected)
 
 
+def test_broken_exif_does_not_cost_the_picture(recwarn, monkeypatch) -> None:
+    cut_short = b"Exif\0\0II*\0\x08\0\0\0\xff\xff\x12\x01\x03\0"
+    raw = encoded(picture(2), "JPEG", quality=95, exif=cut_short)
+    expected = np.asarray(Image.open(io.BytesIO(jpeg(2))))
+    assert np.array_equal(resize(open_image(raw), (40, 30)), expected) and not recwarn.list
+
+    def broken(self):
+        raise SyntaxError("not a TIFF file")
+
+    monkeypatch.setattr("PIL.Image.Image.getexif", broken)
+    assert np.array_equal(resize(open_image(raw), (40, 30)), expected)
+
+
 def test_evaluation_squeezes_bicubically() -> None:
     """VisualGLM: image.resize((224, 224), BICUBIC) and nothing else before the mean and deviation."""
     raw = jpeg(3, (300, 170))
