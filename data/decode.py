@@ -37,7 +37,7 @@ def open_image(image: bytes | Image.Image | np.ndarray, *, max_pixels: int = MAX
     if isinstance(image, bytes):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+                warnings.simplefilter("ignore")  # of large pictures, which we refuse, and of broken EXIF
                 image = Image.open(io.BytesIO(image), formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise BadSample("too many pixels", detail=str(error)) from error
@@ -86,7 +86,7 @@ def resize(
 def _turn(image: Image.Image) -> Image.Transpose | None:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore")
             return _TURN.get(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # broken EXIF is common on the web and says nothing about the pixels
         return None
