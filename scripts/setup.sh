@@ -4,7 +4,7 @@
 #   QUEQIAO_TORCH_INDEX=URL              take torch from this index, e.g. PyTorch's own one of CPU builds
 #   PIP_INDEX_URL=URL                    a PyPI mirror; pip reads this and its other settings by itself
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.."
 quiet=no
 [ "${1:-}" != --quiet ] || quiet=yes
 
@@ -33,6 +33,7 @@ if [ -n "${QUEQIAO_PYTHON:-}" ] || ! fits "$python"; then python="$(find_python)
 
 fingerprint() {  # changes when what is installed would change
   { "$python" -c 'import sys; print(sys.version_info[:3], sys.base_prefix)'
+    pwd  # a copied or moved folder has the old place written into .venv
     cat requirements/*.txt pyproject.toml scripts/setup.sh
     ls -d ./*/__init__.py
   } | sha256sum | cut -d' ' -f1
@@ -75,7 +76,8 @@ same_python() {
   [ -x .venv/bin/pip ] && fits .venv/bin/python &&
     [ "$(.venv/bin/python -c 'import sys; print(sys.version_info[:2])')" = "$("$python" -c 'import sys; print(sys.version_info[:2])')" ]
 }
-if ! same_python; then
+moved() { [ -f .venv/bin/activate ] && ! grep -qF "$PWD/.venv" .venv/bin/activate; }
+if ! same_python || moved; then
   rm -rf .venv/bin .venv/lib .venv/lib64 .venv/include .venv/pyvenv.cfg
   "$python" -m venv .venv >> "$log" 2>&1 ||
     fail "$python cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv); see $PWD/$log"

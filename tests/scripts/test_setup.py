@@ -96,6 +96,19 @@ def test_an_interrupted_install_is_told_and_taken_up_again(project: Path) -> Non
     assert (done.returncode, len(calls)) == (0, 5)
 
 
+def test_a_moved_folder_gets_a_new_environment(project: Path) -> None:
+    (project / ".venv/bin/activate").write_text(f"VIRTUAL_ENV={project}/.venv\n")
+    assert setup(project)[0].returncode == 0
+    moved = project.rename(project.with_name("moved"))
+    assert (moved / ".venv/.queqiao-installed").exists()
+    # The stand-in goes with the old environment; without an index the real pip stops at its first file.
+    done, _ = setup(
+        moved, QUEQIAO_PYTHON=sys.executable, PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull
+    )
+    assert done.returncode == 1 and "requirements/build.txt" in done.stderr
+    assert str(moved / ".venv") in (moved / ".venv/bin/activate").read_text()
+
+
 def test_a_package_cut_off_half_way_is_installed_again(project: Path) -> None:
     """pip would call it installed: its metadata is there, some of its files are not."""
     site = project / ".venv/lib/python3.11/site-packages"
