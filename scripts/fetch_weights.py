@@ -294,7 +294,7 @@ def _check_space(folder: Path, files: Sequence[Remote]) -> None:
 
 def fetch(name: str, options: argparse.Namespace) -> None:
     published = PUBLISHED.get(name, Published((name,), "", "see its page", ""))
-    if name not in PUBLISHED and name.count("/") != 1:
+    if name not in PUBLISHED and name.count("/") != 1 and options.source is None:
         raise ValueError(f"{name!r} is not known ({', '.join(PUBLISHED)}) and is no owner/repository either")
     folder = Path(options.to) / name.rsplit("/", 1)[-1]
     print(f"{name} -> {folder}   licence: {published.licence}", flush=True)
@@ -339,6 +339,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from what has come so far", file=sys.stderr)
+        return 130
     except Exception as error:
         from httpx import HTTPError
         from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled

@@ -83,12 +83,15 @@ def test_training_along_reaches_every_parameter() -> None:
 def test_16_bit_frozen_network_ignores_autocast() -> None:
     encoder = small(dtype="bfloat16")
     image = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    dtypes = []
+    dtypes, autocast = [], []
     for layer in encoder.network.encoder.layers:
         layer.register_forward_hook(lambda _m, _i, out: dtypes.append(out.dtype))
         layer.layer_norm1.register_forward_hook(lambda _m, _i, out: dtypes.append(out.dtype))
+        # a GPU's autocast would make these norms return float32; a CPU's would not, so ask whether it is on
+        layer.layer_norm1.register_forward_hook(lambda *_: autocast.append(torch.is_autocast_enabled("cpu")))
     with torch.autocast("cpu", torch.bfloat16):
         features = encoder(image)
+    assert autocast == [False, False]
     assert set(dtypes) == {torch.bfloat16} and features.dtype == torch.bfloat16
     expected = small()(image)
     assert (features.float() - expected).abs().max() < 0.03 * expected.abs().max()

@@ -209,6 +209,11 @@ def test_from_a_local_folder_without_a_network(hub: Hub, tmp_path: Path) -> None
     here = tmp_path / "here" / "bert-base-chinese"
     assert (here / "model.safetensors").read_bytes() == WEIGHTS
     assert fetch(None, "--check", str(here)).returncode == 0
+    (tmp_path / "usb" / "own-bert").mkdir()
+    (tmp_path / "usb" / "own-bert" / "vocab.txt").write_text("[PAD]")  # no record, and a name of one's own
+    own = fetch(None, "own-bert", "--from", str(tmp_path / "usb"), "--to", str(tmp_path / "here"))
+    assert own.returncode == 0, own.stderr
+    assert (tmp_path / "here" / "own-bert" / "vocab.txt").read_text() == "[PAD]"
     (tmp_path / "usb" / "bert-base-chinese" / "vocab.txt").write_bytes(b"[BAD]\n")
     (here / "vocab.txt").unlink()
     damaged = fetch(None, "bert-base-chinese", "--from", str(tmp_path / "usb"), "--to", str(tmp_path / "here"))
