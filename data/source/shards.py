@@ -6,6 +6,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ class ShardSource:
             "shards": len(self.shards),
             "samples": {language: self.num_samples(language) for language in self.languages},
             "index": self._index.digest,
-            "captions": [self.layout.signature, sorted(self.keyword_fields.items()), self.max_keywords],
+            "captions": {**asdict(self.layout), "keywords": self.keyword_fields, "max_keywords": self.max_keywords},
         }
 
     def _record(self, sample: int, shard: int, where: Mapping[str, str]) -> dict[str, Any] | None:
