@@ -30,24 +30,32 @@ _TURN = {
 def open_image(image: bytes | Image.Image | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Opens a picture and looks at its header only; nothing is decompressed yet.
 
-    Raises BadSample "unreadable image" or "too many pixels".
+    Raises BadSample "truncated image", "unreadable image" or "too many pixels".
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     if isinstance(image, bytes):
+        raw = image
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of large pictures, which we refuse, and of broken EXIF
-                image = Image.open(io.BytesIO(image), formats=FORMATS)
+                image = Image.open(io.BytesIO(raw), formats=FORMATS)
         except Image.DecompressionBombError as error:
             raise BadSample("too many pixels", detail=str(error)) from error
         except UnidentifiedImageError as error:
-            raise BadSample("unreadable image", detail=f"none of {', '.join(FORMATS)}") from error
+            raise BadSample(_why_unreadable(raw), detail=f"none of {', '.join(FORMATS)}") from error
         except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, KeyError ... on damaged headers
-            raise BadSample("unreadable image", detail=f"{type(error).__name__}: {error}") from error
+            raise BadSample(_why_unreadable(raw), detail=f"{type(error).__name__}: {error}") from error
     if image.width * image.height > max_pixels:
         raise BadSample("too many pixels", detail=f"{image.width} x {image.height}, the limit is {max_pixels}")
     return image
+
+
+def _why_unreadable(raw: bytes) -> str:
+    """A file that was cut within its header looks to Pillow like any other."""
+    ends = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND"}
+    cut = any(raw.startswith(start) and end not in raw[-64:] for start, end in ends.items())
+    return "truncated image" if cut else "unreadable image"
 
 
 def resize(

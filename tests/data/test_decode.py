@@ -48,7 +48,9 @@ def huge_png(width: int, height: int) -> bytes:
         ("truncated image", encoded(picture(1, (200, 150)), "PNG")[:1500]),
         ("unreadable image", b"<html>404</html>"),
         ("unreadable image", b""),
-        ("unreadable image", jpeg(1)[:20]),
+        ("truncated image", jpeg(1)[:20]),
+        ("truncated image", encoded(picture(1), "PNG")[:20]),
+        ("unreadable image", jpeg(1)[:20] + b"\xff\xd9"),
         ("too many pixels", huge_png(25_000, 20_000)),  # 500 megapixels, above Pillow's error
         ("too many pixels", huge_png(10_000, 9_500)),  # between Pillow's warning and its error
         ("too many pixels", huge_png(9_000, 9_000)),  # below Pillow's warning, above ours
@@ -57,7 +59,19 @@ def huge_png(width: int, height: int) -> bytes:
             encoded(picture(1), "PPM"),
         ),  # Pillow reads it, and EPS, which starts Ghostscript; we do not
     ],
-    ids=["jpeg", "png", "page", "empty", "header", "500 megapixels", "95 megapixels", "81 megapixels", "format"],
+    ids=[
+        "jpeg",
+        "png",
+        "page",
+        "empty",
+        "jpeg header",
+        "png header",
+        "broken header",
+        "500 megapixels",
+        "95 megapixels",
+        "81 megapixels",
+        "format",
+    ],
 )
 @pytest.mark.parametrize("transform", [TrainTransform(16), EvalTransform(16)], ids=["train", "eval"])
 def test_bad_pictures(reason: str, raw: bytes, transform) -> None:
