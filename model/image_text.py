@@ -86,7 +86,7 @@ class Temperature(nn.Module):
 
     def forward(self) -> Tensor:
         """-> (1,), fp32"""
-        return _ClampInward.apply(self.value, self.low, self.high)  # type: ignore[no-untyped-call]
+        return _ClampInward.apply(self.value, self.low, self.high)
 
 
 class ImageTextModel(nn.Module):

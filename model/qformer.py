@@ -327,7 +327,7 @@ class QFormer(nn.Module):
 
     def looking(self) -> list[CrossAttention]:
         """The cross-attentions, first layer first."""
-        return [layer.cross_attention for layer in self.layers if layer.cross_attention is not None]
+        return [module for module in self.modules() if isinstance(module, CrossAttention)]
 
     def _queries(self, num_rows: int) -> Tensor:
         return self.embedding_dropout(self.embedding_norm(self.query_tokens(num_rows)))

@@ -26,9 +26,7 @@ class Ranks:
     number never waits for the GPU.
     """
 
-    def __init__(
-        self, rank: int = 0, count: int = 1, device_group: Any | None = None, host_group: Any | None = None
-    ) -> None:
+    def __init__(self, rank: int = 0, count: int = 1, device_group: Any = None, host_group: Any = None) -> None:
         self.rank, self.count = rank, count
         self._device_group, self._host_group = device_group, host_group
 
@@ -92,7 +90,7 @@ class Ranks:
         send_index = (asked_RK - self.rank * rows_here)[wanted_RK]
         arrival_K = owner_RK[self.rank].argsort(stable=True)
         counts = torch.stack([wanted_RK.sum(1), owner_RK[self.rank].bincount(minlength=self.count)]).tolist()
-        received = _ExchangeRows.apply(x_B[send_index], counts[0], counts[1], self._device_group)  # type: ignore[no-untyped-call]
+        received = _ExchangeRows.apply(x_B[send_index], counts[0], counts[1], self._device_group)
         return received[arrival_K.argsort()]
 
     def sum(self, x: Tensor) -> Tensor:
