@@ -6,10 +6,11 @@
 #
 # On one machine torchrun starts N processes.  With a hostfile, DeepSpeed's launcher starts `slots` processes on every
 # host over ssh; the code, the environment and the data have to be at the same paths on all of them.
+# QUEQIAO_DEEPSPEED_ARGS holds more arguments for it, e.g. "--master_addr 10.0.0.1" or "--launcher slurm".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-usage() { sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
+usage() { sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2; exit 2; }
 [ $# -ge 3 ] || usage
 
 bin="${QUEQIAO_VENV:-$PWD/.venv}/bin"
