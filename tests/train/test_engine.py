@@ -115,7 +115,9 @@ def test_resume_is_bit_exact(results: dict[str, Any], zero_stage: int, offload: 
             assert torch.equal(resumed[kind][key], tensor), key
 
 
-@pytest.mark.parametrize("name", ["zero0 from zero3", "zero1 from zero0", "zero2 from zero1", "zero3 from zero2+offload"])
+@pytest.mark.parametrize(
+    "name", ["zero0 from zero3", "zero1 from zero0", "zero2 from zero1", "zero3 from zero2+offload"]
+)
 def test_resume_on_other_ranks_and_stage(results: dict[str, Any], name: str) -> None:
     expected = results["one"]["zero0"]
     resumed = results["two"][name]
