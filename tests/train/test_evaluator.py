@@ -243,26 +243,30 @@ def test_every_row_has_one_owner_and_every_rank_as_many(number: int, count: int)
     assert gathered.tolist() == list(range(number))
 
 
-def _on_rank(folder: str) -> tuple[dict, int]:
+def _on_rank(folder: str) -> tuple[dict, list, int]:
     torch.set_num_threads(1)
     ranks = Ranks.connect(CPU)
     tokenizer = codec(Path(folder))
     model = small_model(tokenizer.vocab_size)
-    found = retrieval(Path(folder))(model, device=CPU, ranks=ranks)
+    # 4 rows on 3 ranks: the last rank has none of its own, and must not count the last row once more
+    evaluator = retrieval(Path(folder), num_samples=4, rerank=2)
+    found = evaluator(model, device=CPU, ranks=ranks)
     captions = CaptionEvaluator(
         scenes(), EvalTransform(image_size=32), tokenizer, SceneJudge(), max_new_tokens=8, batch_size=4
     )
     with evaluating(model):
         said = captions.captions(model, captions.pools["zh"], CPU, ranks)
-    return {**found.metrics, "said": said}, len(found.pictures)
+        score_IT, _ = dict(evaluator.scores(model, evaluator.pools["en"], CPU, ranks))["itm"]
+    return {**found.metrics, "said": said}, score_IT.tolist(), len(found.pictures)
 
 
-def test_two_ranks_find_what_one_finds(tokenizer_dir: Path) -> None:
-    expected, num_pictures = _on_rank(str(tokenizer_dir))
+def test_three_ranks_find_what_one_finds(tokenizer_dir: Path) -> None:
+    expected, expected_score_IT, num_pictures = _on_rank(str(tokenizer_dir))
     assert len(set(expected["said"])) > 2
     assert num_pictures == 2
-    for rank, (metrics, pictures) in enumerate(run_ranks(2, _on_rank, str(tokenizer_dir))):
+    for rank, (metrics, score_IT, pictures) in enumerate(run_ranks(3, _on_rank, str(tokenizer_dir))):
         assert metrics == expected
+        assert np.array(score_IT) == pytest.approx(np.array(expected_score_IT), abs=1e-5)
         assert pictures == (2 if rank == 0 else 0)
 
 
