@@ -1,0 +1,101 @@
+"""What stage two, chat and evaluation ask of a language model, whatever its family.
+
+A family is one file: it builds the network (ordinary `nn.Linear` inside, so that peft and bitsandbytes see them),
+brings the codec with its prompt template and special ids, and draws masks and positions from the ids itself.  Rows are
+padded on the right; image tokens are positions like any other, whose embeddings the caller has replaced.
+
+Shape letters   B = rows   L = length   T = any number of positions   D = the model's width   V = vocabulary
+                N = new tokens
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.batch import DialogueCodec
+
+
+def most_likely(logits_BV: Tensor) -> Tensor:
+    """Greedy decoding.  -> ids_B"""
+    return logits_BV.argmax(dim=-1)
+
+
+class LanguageModel(nn.Module):
+    """Base class of the families; the methods that raise NotImplementedError are what a family writes.
+
+    Attributes that a family sets:
+        width: D.
+        vocab_size: V.
+        codec: prompt template, special ids and label masking; None for a network without a tokenizer (parity).
+        network: the module that peft wraps in place.  Its parameters have the names and the rows of the family's
+            Hugging Face layout wherever an adapter can sit, so that one saved here fits there and the other way round.
+        lora_targets: names of all linear layers of a block, the default of LoRA and QLoRA; never the output head.
+        layers_pattern: the name in front of a block's number, for peft's `layers_to_transform`.
+        checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
+    """
+
+    width: int
+    vocab_size: int
+    codec: DialogueCodec | None
+    network: nn.Module
+    lora_targets: tuple[str, ...]
+    layers_pattern: str = "layers"
+    checkpoint_activations: bool = False
+
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        """-> embedded_BLD, as the network's first block takes them"""
+        raise NotImplementedError
+
+    def hidden(self, embedded_BLD: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        """All positions at once, no cache.  -> hidden_BLD after the final norm; what stands at padding is undefined.
+
+        Args:
+            ids_BL: the ids that were embedded, placeholders at image tokens: masks and positions follow from them.
+            mask_BL: bool, True on real tokens; padding is on the right.
+        """
+        raise NotImplementedError
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """The output head, for those positions only that anybody asks about.  -> logits_TV"""
+        raise NotImplementedError
+
+    def prefill(self, embedded_BLD: Tensor, ids_BL: Tensor, mask_BL: Tensor, *, room: int) -> tuple[Tensor, Any]:
+        """`hidden` of prompts, kept for `extend`.  -> hidden_BD at each row's last real token, and a cache.
+
+        Args:
+            room: how many tokens will be added at most.
+        """
+        raise NotImplementedError
+
+    def extend(self, ids_B: Tensor, cache: Any) -> Tensor:
+        """One token more for every row.  -> hidden_BD of it; `cache` is changed in place."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def generate(
+        self,
+        embedded_BLD: Tensor,
+        ids_BL: Tensor,
+        mask_BL: Tensor,
+        *,
+        max_new_tokens: int,
+        choose: Callable[[Tensor], Tensor] = most_likely,
+    ) -> Tensor:
+        """-> ids_BN, N <= max_new_tokens: a stop id, where one came, is kept, and padding follows."""
+        assert self.codec is not None, "without a codec nobody knows where an answer ends"
+        stop = torch.tensor(self.codec.stop_ids, device=ids_BL.device)
+        hidden_BD, cache = self.prefill(embedded_BLD, ids_BL, mask_BL, room=max_new_tokens)
+        running_B = torch.ones(len(ids_BL), dtype=torch.bool, device=ids_BL.device)
+        chosen: list[Tensor] = []
+        for position in range(max_new_tokens):
+            next_B = choose(self.logits(hidden_BD)).masked_fill(~running_B, self.codec.pad_id)
+            chosen.append(next_B)
+            running_B = running_B & ~torch.isin(next_B, stop)
+            if position + 1 == max_new_tokens or not running_B.any():
+                break
+            hidden_BD = self.extend(next_B, cache)
+        return torch.stack(chosen, dim=1) if chosen else ids_BL[:, :0]
