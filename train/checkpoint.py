@@ -160,7 +160,7 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], what: str, *, 
     """Raises ValueError naming every value that differs between two fingerprints; with `force` returns the list."""
     old, new = _flat(before), _flat(json.loads(json.dumps(now)))
     changes = [
-        f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        f"{key}: {str(old.get(key, 'absent'))[:80]} -> {str(new.get(key, 'absent'))[:80]}"
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key)
     ]
@@ -173,14 +173,18 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], what: str, *, 
 
 
 def frozen_fingerprint(stage: nn.Module) -> dict[str, Any]:
-    """Names and one hash of everything that does not train; it is not saved, so a resume must be given the same."""
+    """Names and one hash of everything that does not train; it is not saved, so a resume must be given the same.
+
+    Values are hashed as bf16, so that a run may go on where frozen weights are stored in another precision.
+    """
     digest = hashlib.sha256()
     names = []
     for name, parameter in stage.named_parameters():
         if not parameter.requires_grad:
             names.append(name)
             digest.update(name.encode())
-            digest.update(parameter.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)
+            rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous().flatten()
+            digest.update(rounded.view(torch.uint8).numpy().data)
     return {"names": names, "sha256": digest.hexdigest()}
 
 

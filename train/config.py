@@ -6,6 +6,7 @@ the DeepSpeed section, against DeepSpeed's own keys (`config_check.py`).  `build
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -202,6 +203,7 @@ def from_command_line(name: str, *, schema: type = Config, argv: Sequence[str] |
         if flags and flags[0] in ("--help", "-h"):
             from train.config_help import help_text
 
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `--help | head`
             print(help_text(name, overrides, schema, CONFIG_DIR))
             raise SystemExit(0)
         if flags and flags[0] == "--cfg":

@@ -62,11 +62,11 @@ class Trainer:
         self.device, self.flops_per_sample = engine.device, flops_per_sample
         self._finite = torch.ones((), device=self.device, dtype=torch.bool)
         self._skips = 0
-        self._restart_clock()
 
     def fit(self, first_step: int) -> int:
         """Trains until `steps` or a signal; returns how many steps are done."""
         done = first_step
+        self._restart_clock(first_step)
         with StopOnSignal() as stop:
             batches = self._timed(self.loader.steps(first_step))
             while done < self.steps:
@@ -163,7 +163,7 @@ class Trainer:
 
     def _speeds(self, step: int, batch: Batch) -> dict[str, float]:
         seconds = max(time.monotonic() - self._clock, 1e-9)
-        rate = (step - self._clock_step) * self.global_batch_size / seconds if self._clock_step >= 0 else 0.0
+        rate = (step - self._clock_step) * self.global_batch_size / seconds
         speeds = {"samples_per_second": rate, "data_wait": min(1.0, self._waited / seconds)}
         if self.flops_per_sample is not None:
             speeds["tflops"] = self.flops_per_sample(batch) * rate / self.ranks.count / 1e12
@@ -176,7 +176,7 @@ class Trainer:
         self._restart_clock(step)
         return speeds
 
-    def _restart_clock(self, step: int = -1) -> None:
+    def _restart_clock(self, step: int) -> None:
         self._clock, self._clock_step, self._waited = time.monotonic(), step, 0.0
 
     def _evaluate(self, step: int) -> None:

@@ -145,13 +145,15 @@ def test_fingerprints_name_what_changed() -> None:
     assert len(check_same(before, now, "the data", force=True)) == 2
 
 
-def test_frozen_hash_sees_one_bit_and_no_trainable_weight() -> None:
+def test_frozen_hash_sees_one_weight_and_none_that_trains() -> None:
     model = nn.ModuleDict({"frozen": OneLayer(3, 2).requires_grad_(False), "free": OneLayer(3, 2)})
     expected = frozen_fingerprint(model)
     assert expected["names"] == ["frozen.a.weight"]
     model["free"].a.weight.data += 1
     assert frozen_fingerprint(model) == expected
-    model["frozen"].a.weight.data[1, 2] += 1e-7
+    as_stored = nn.ModuleDict({"frozen": model["frozen"].bfloat16(), "free": model["free"]})
+    assert frozen_fingerprint(as_stored) == expected, "the precision of storage does not matter"
+    model["frozen"].a.weight.data[1, 2] *= 1.01
     assert frozen_fingerprint(model)["sha256"] != expected["sha256"]
 
 
