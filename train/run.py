@@ -25,7 +25,7 @@ from train.checkpoint import (
 )
 from train.distributed import Ranks
 from train.engine import Engine, close_process_group, resolve_precision, store_frozen
-from train.optim import ParameterGroup, format_table, groups_table, lr_factor, parameter_groups
+from train.optim import format_table, groups_table, lr_factor, parameter_groups
 from train.tracking import Tracker, WandbWriter
 from train.trainer import Loader, Trainer
 
@@ -70,35 +70,24 @@ def train(
     flops_per_sample: Callable[[Any], float] | None = None,
 ) -> int:
     """Resumes or begins, trains, and leaves everything on disk.  Returns the number of steps done."""
-    device, ranks = run.device, run.ranks
-    precision = resolve_precision(config.train.precision, device)
+    ranks = run.ranks
+    precision = resolve_precision(config.train.precision, run.device)
     checkpoints = Checkpoints(run.dir, ranks, keep=config.train.keep_checkpoints)
     newest, damaged = checkpoints.newest()
-    for sentence in damaged:
-        run.say(f"warning: {sentence}")
     frozen = frozen_fingerprint(stage) if ranks.is_first else {}
-    state: Mapping[str, Any] = {}
+    state: Mapping[str, Any] = {} if newest is None else read_state(newest)
     if newest is not None:
-        state = read_state(newest)
         _check_resume(config, run, newest, state, loader, ranks.broadcast_object(frozen))
         load_weights(stage, newest)
     store_frozen(stage, precision)
-    groups = _parameter_groups(config, stage)
-    run.say("\n" + _trained_table(stage, precision) + "\n\n" + groups_table(groups))
-    run.say(_batch_line(config, ranks, device, precision))
-
-    engine = _engine(config, stage, groups, device, precision, ranks)
+    engine = make_engine(config, run, stage, precision)
+    first_step = int(state.get("step", 0))
     # From here on ranks differ: each its own dropout.
-    seed_everything(config.run.seed + 7919 * (ranks.rank + 1) + int(state.get("step", 0)))
+    seed_everything(config.run.seed + 7919 * (ranks.rank + 1) + first_step)
     if newest is not None:
         load_training_state(engine, newest, ranks)
-    first_step = int(state.get("step", 0))
     tracker = _tracker(config, run, first_step)
-    for sentence in damaged:
-        tracker.event(first_step, "checkpoint ignored", why=sentence)
-    if newest is not None:
-        tracker.event(first_step, "resumed", checkpoint=newest.name, ranks=ranks.count)
-        run.say(f"resuming after step {first_step} from {newest}")
+    _tell_resume(run, tracker, first_step, newest, damaged)
     trainer = Trainer(
         engine,
         loader,
@@ -185,26 +174,27 @@ def _check_resume(
         run.say(f"warning: resuming by force although these changed: {'; '.join(changes)}")
 
 
-def _parameter_groups(config: DictConfig, stage: nn.Module) -> list[ParameterGroup]:
-    optim = config.train.optim
-    return parameter_groups(
+def _tell_resume(run: Run, tracker: Tracker, step: int, newest: Path | None, damaged: Sequence[str]) -> None:
+    for sentence in damaged:
+        run.say(f"warning: {sentence}")
+        tracker.event(step, "checkpoint ignored", why=sentence)
+    if newest is not None:
+        run.say(f"resuming after step {step} from {newest}")
+        tracker.event(step, "resumed", checkpoint=newest.name, ranks=run.ranks.count)
+
+
+def make_engine(config: DictConfig, run: Run, stage: nn.Module, precision: str) -> Engine:
+    """Decides what is decayed and how fast it learns, prints it, and wraps the stage."""
+    optim, engine, device, ranks = config.train.optim, config.train.engine, run.device, run.ranks
+    groups = parameter_groups(
         list(stage.named_parameters()),
         lr=optim.lr,
         weight_decay=optim.weight_decay,
         temperature_decay=optim.temperature_decay,
         part_lr=dict(optim.part_lr),
     )
-
-
-def _engine(
-    config: DictConfig,
-    stage: nn.Module,
-    groups: Sequence[ParameterGroup],
-    device: torch.device,
-    precision: str,
-    ranks: Ranks,
-) -> Engine:
-    optim, engine = config.train.optim, config.train.engine
+    run.say("\n" + _trained_table(stage, precision) + "\n\n" + groups_table(groups))
+    run.say(_batch_line(config, ranks, device, precision))
     return Engine(
         stage,
         groups,
