@@ -200,12 +200,16 @@ class Trainer:
 
 
 class StopOnSignal:
-    """SIGTERM and SIGINT ask for a checkpoint after the running step; a second one ends the process at once."""
+    """SIGTERM and SIGINT ask for a checkpoint after the running step; Ctrl-C once more ends the process at once.
+
+    Launchers pass on a Ctrl-C that the terminal has sent to every process already, so one that follows within two
+    seconds is the same one.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(self) -> None:
-        self.requested, self.name = False, ""
+        self.requested, self.name, self._since = False, "", 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -217,8 +221,10 @@ class StopOnSignal:
         self._restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested, self.name = True, signal.Signals(number).name
-        self._restore()
+        if not self.requested:
+            self.requested, self.name, self._since = True, signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._since > 2:
+            raise KeyboardInterrupt
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

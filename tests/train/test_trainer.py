@@ -188,10 +188,18 @@ def test_signal_saves_after_the_running_step(
     assert signal.getsignal(number) is before
 
 
-def test_second_signal_ends_at_once() -> None:
+def test_second_ctrl_c_ends_at_once_but_not_the_launchers_echo(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 100.0
+    monkeypatch.setattr("train.trainer.time.monotonic", lambda: clock)
     with pytest.raises(KeyboardInterrupt), StopOnSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.requested
+        clock += 1
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        clock += 5
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.name == "SIGINT"
         os.kill(os.getpid(), signal.SIGINT)
 
 
