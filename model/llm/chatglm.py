@@ -1,0 +1,373 @@
+"""ChatGLM-6B, the language model of VisualGLM-6B: 2-D positions, a prefix mask, [gMASK] and <sop> before the answer.
+
+The blocks are SwissArmyTransformer's (`sat/model/official/chatglm_model.py`); `model/llm/sat_network.py` builds them
+and keeps SAT's side effects in.  Here are the attention (fused, with an explicit mask), masks and positions, the cache,
+and the codec.
+
+`query_key_value` has Hugging Face's rows, head by head (q1, k1, v1, q2, ...), as in the folders of ChatGLM-6B and in
+every adapter trained on them: so peft saves and loads what it finds.  Only `model/weights/sat.py` permutes rows.
+
+Shape letters   B = rows   L = length   D = width   A = heads   E = D / A   T = any positions   V = vocabulary
+                S = keys seen, cached ones included
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from data.batch import IGNORED, Dialogue, EncodedDialogue, Turn
+from model.llm.base import LanguageModel
+from model.llm.dialogue import fit
+from model.llm.pieces import Pieces
+
+ROTARY_BASE = 10000.0
+
+
+# ------------------------------------------------------------------------------------- prompt, special ids, labels
+
+TEMPLATES = {
+    "zh": ("问：{}\n答：", "{}\n"),
+    "en": ("Q:{}\nA:", "{}\n"),
+}  # VisualGLM was trained on both; others get "en"
+SPECIAL = {"mask": "[MASK]", "gmask": "[gMASK]", "bos": "<sop>", "eos": "<eop>", "pad": "<pad>"}
+
+
+class ChatGLMCodec:
+    """`<img>` image tokens `</img>问：question\\n答：` [gMASK] <sop> answer <eop>   (`finetune_visualglm.py:116`)
+
+    The pictures of a turn stand before its words; earlier turns stand before the question, answers included, and carry
+    no labels: the prefix mask lets the model see them whole, so one sample trains one answer.
+
+    Args:
+        path: `ice_text.model`, or the folder that holds it.
+        num_image_tokens: positions of one picture.
+        ids: special ids (bos, eos, mask, gmask, pad) where sentencepiece does not know them; where both do, they must
+            agree.
+        offset: `num_image_tokens` of tokenizer_config.json (20000 in the first release of ChatGLM-6B).
+        train_sop: <sop> is a label too, as in ChatGLM-6B's and VisualGLM's own training.
+    Raises:
+        ValueError: no such file, a special id that neither gives, or two that differ.
+    """
+
+    trains_every_turn = False
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        num_image_tokens: int,
+        ids: Mapping[str, int] | None = None,
+        offset: int = 0,
+        train_sop: bool = True,
+    ) -> None:
+        file = Path(path).expanduser()
+        file = file / "ice_text.model" if file.is_dir() else file
+        self.pieces = Pieces(file, special=SPECIAL.values(), offset=offset)
+        self.num_image_tokens, self.train_sop = num_image_tokens, train_sop
+        self.ids = {role: self._special_id(role, (ids or {}).get(role)) for role in SPECIAL}
+        self.pad_id = self.ids["pad"]
+        self.stop_ids: tuple[int, ...] = (self.ids["eos"],)
+
+    def encode(
+        self, dialogue: Dialogue, *, max_tokens: int | None = None, max_answer_tokens: int | None = None
+    ) -> EncodedDialogue:
+        """See `data.batch.DialogueCodec`."""
+        ask, reply = TEMPLATES.get(dialogue.language, TEMPLATES["en"])
+        return fit(
+            dialogue,
+            lambda turns: self._lay_out(turns, ask, reply),
+            max_tokens=max_tokens,
+            max_answer_tokens=max_answer_tokens,
+        )
+
+    def decode(self, ids: Any) -> str:
+        answer: list[int] = []
+        for token in ids:
+            if int(token) in self.stop_ids:
+                break
+            answer.append(int(token))
+        special = set(self.ids.values())
+        return self.pieces.decode([token for token in answer if token not in special]).strip()
+
+    def _lay_out(self, turns: tuple[Turn, ...], ask: str, reply: str) -> EncodedDialogue:
+        ids: list[int] = []
+        starts: list[int] = []
+        text = ""
+        for number, turn in enumerate(turns, start=1):
+            for _ in range(turn.num_images):
+                ids += self.pieces.encode(text + "<img>")
+                starts.append(len(ids))
+                ids += [self.pad_id] * self.num_image_tokens
+                text = "</img>"
+            text += ask.format(turn.question) + (reply.format(turn.answer) if number < len(turns) else "")
+        ids += [*self.pieces.encode(text), self.ids["gmask"]]
+        labels = [IGNORED] * len(ids) + [self.ids["bos"] if self.train_sop and turns[-1].answer else IGNORED]
+        ids.append(self.ids["bos"])
+        if turns[-1].answer:
+            answer = [*self.pieces.encode(turns[-1].answer), self.ids["eos"]]
+            ids, labels = ids + answer, labels + answer
+        return EncodedDialogue(tuple(ids), tuple(labels), tuple(starts))
+
+    def _special_id(self, role: str, told: int | None) -> int:
+        found = self.pieces.id_of(SPECIAL[role])
+        if found is None and told is None:
+            raise ValueError(
+                f"{self.pieces.path} has no piece {SPECIAL[role]}: name its id, model.llm.ids.{role} (config.json of "
+                f"the model's folder has it as {role}_token_id)"
+            )
+        if found is not None and told is not None and found != told:
+            raise ValueError(
+                f"{SPECIAL[role]} is {found} in {self.pieces.path}, {told} in the configuration: this tokenizer "
+                f"belongs to another model"
+            )
+        return told if found is None else found  # type: ignore[return-value]
+
+
+# ---------------------------------------------------------------------------------------------- masks and positions
+
+
+def first_index(is_there_BL: Tensor) -> Tensor:
+    """-> index_B of each row's first True; 0 where there is none"""
+    return is_there_BL.int().argmax(dim=1)
+
+
+def prefix_mask(context_B: Tensor, mask_BL: Tensor) -> Tensor:
+    """Position i sees j where j <= i, or j stands in the prefix (before <sop>); never padding.  -> (B, 1, L, L) bool"""
+    position_L = torch.arange(mask_BL.shape[1], device=mask_BL.device)
+    causal_LL = position_L[None, :] <= position_L[:, None]
+    prefix_BL = position_L < context_B[:, None]
+    return ((causal_LL | prefix_BL[:, None, :]) & mask_BL[:, None, :])[:, None]
+
+
+def positions(context_B: Tensor, mask_token_B: Tensor, length: int) -> Tensor:
+    """-> (B, 2, L): the place in the prefix, from <sop> on [gMASK]'s; the place in the answer, 1 at <sop>, 0 before."""
+    position_L = torch.arange(length, device=context_B.device)
+    block_BL = (position_L - context_B[:, None] + 1).clamp(min=0)
+    place_BL = position_L.where(block_BL == 0, mask_token_B[:, None])
+    return torch.stack([place_BL, block_BL], dim=1)
+
+
+def rotation(position_B2L: Tensor, head_size: int, frequency_dtype: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """-> (2, B, L, 1, 2, E / 2): cos and sin for the two halves of a head, one for each kind of position.
+
+    ChatGLM-6B keeps its frequencies in half precision and was trained so; the angles are fp32.
+    """
+    half = head_size // 2
+    exponent = torch.arange(0, half, 2, device=position_B2L.device).float() / half
+    frequency = (1.0 / ROTARY_BASE**exponent).to(frequency_dtype).float()
+    angle_BL2 = position_B2L.transpose(1, 2).float()[..., None] * frequency
+    angle = torch.cat([angle_BL2, angle_BL2], dim=-1)[:, :, None]
+    return torch.stack([angle.cos(), angle.sin()]).to(dtype)
+
+
+def rotate(x_BLAE: Tensor, cos_sin: Tensor) -> Tensor:
+    halves = x_BLAE.unflatten(-1, (2, -1))
+    first, second = halves.chunk(2, dim=-1)
+    cos, sin = cos_sin
+    return (halves * cos + torch.cat([-second, first], dim=-1) * sin).flatten(-2)
+
+
+@dataclass
+class Cache:
+    """Keys and values of everything seen, with room for what comes."""
+
+    key_values: list[tuple[Tensor, Tensor]]  # (B, A, L + room, E) each, a pair for every block
+    seen_BS: Tensor  # bool: real tokens, room not filled yet excluded
+    used: int  # positions filled, padding included
+    mask_token_B: Tensor
+    block_B: Tensor  # place in the answer of the next token
+    padded: bool  # some row has padding among its prompt
+
+
+# ------------------------------------------------------------------------------------------------------ the network
+
+
+class ChatGLM(LanguageModel):
+    """See the module's docstring and `model.llm.base.LanguageModel`.
+
+    Args:
+        network: from `sat_network.build`, or anything with its modules.
+        bos_id, gmask_id, mask_id: <sop>, and the marks before it ([MASK] where a row has no [gMASK]).
+        rotary_dtype: float16 as ChatGLM-6B was trained; float32 is SAT's in fp32.
+    """
+
+    lora_targets = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
+
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        num_heads: int,
+        bos_id: int,
+        gmask_id: int,
+        mask_id: int,
+        codec: ChatGLMCodec | None = None,
+        rotary_dtype: str = "float16",
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network, self.codec, self.num_heads = network, codec, num_heads
+        self.bos_id, self.gmask_id, self.mask_id = bos_id, gmask_id, mask_id
+        words: Any = network.get_submodule("transformer.word_embeddings")
+        self.vocab_size, self.width = words.weight.shape
+        if rotary_dtype not in ("float16", "float32"):
+            raise ValueError(f"model.llm.rotary_dtype is {rotary_dtype!r}; it can be float16 or float32")
+        self.rotary_dtype = getattr(torch, rotary_dtype)
+        self.checkpoint_activations = checkpoint_activations
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        found = self.network.get_submodule("transformer.layers")
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        return self.network.get_submodule("transformer.word_embeddings")(ids_BL)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        return self.network.get_submodule("lm_head")(hidden_TD)
+
+    def hidden(self, embedded_BLD: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        context_B, mask_token_B = self._marks(ids_BL)
+        position_B2L = positions(context_B, mask_token_B, ids_BL.shape[1])
+        return self._run(embedded_BLD, position_B2L, prefix_mask(context_B, mask_BL), None)
+
+    def prefill(self, embedded_BLD: Tensor, ids_BL: Tensor, mask_BL: Tensor, *, room: int) -> tuple[Tensor, Cache]:
+        batch_size, length = ids_BL.shape
+        context_B, mask_token_B = self._marks(ids_BL)
+        shape = (batch_size, self.num_heads, length + room, self.width // self.num_heads)
+        cache = Cache(
+            [(embedded_BLD.new_empty(shape), embedded_BLD.new_empty(shape)) for _ in self.layers],
+            seen_BS=F.pad(mask_BL, (0, room)),
+            used=0,
+            mask_token_B=mask_token_B,
+            block_B=mask_BL.sum(dim=1) - context_B + 1,
+            padded=not bool(mask_BL.all()),
+        )
+        position_B2L = positions(context_B, mask_token_B, length)
+        hidden_BLD = self._run(embedded_BLD, position_B2L, prefix_mask(context_B, mask_BL), cache)
+        cache.used = length
+        row_B = torch.arange(batch_size, device=ids_BL.device)
+        return hidden_BLD[row_B, mask_BL.sum(dim=1) - 1], cache
+
+    def extend(self, ids_B: Tensor, cache: Cache) -> Tensor:
+        cache.seen_BS[:, cache.used] = True
+        position_B2L = torch.stack([cache.mask_token_B, cache.block_B], dim=1)[:, :, None]
+        mask = cache.seen_BS[:, None, None, : cache.used + 1] if cache.padded else None
+        hidden_B1D = self._run(self.embed(ids_B[:, None]), position_B2L, mask, cache)
+        cache.used += 1
+        cache.block_B = cache.block_B + 1
+        return hidden_B1D[:, 0]
+
+    # ---------------------------------------------------------------------------------------------------- the pieces
+
+    def _marks(self, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
+        """-> where <sop> stands, and the mask token before it"""
+        is_gmask_BL = ids_BL == self.gmask_id
+        is_mask_BL = is_gmask_BL | ((ids_BL == self.mask_id) & ~is_gmask_BL.any(dim=1, keepdim=True))
+        return first_index(ids_BL == self.bos_id), first_index(is_mask_BL)
+
+    def _run(self, hidden_BLD: Tensor, position_B2L: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
+        dtype = torch.get_autocast_dtype(hidden_BLD.device.type) if _autocast(hidden_BLD) else hidden_BLD.dtype
+        cos_sin = rotation(position_B2L, self.width // self.num_heads, self.rotary_dtype, dtype)
+        recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
+        for index in range(len(self.layers)):
+            if recompute:
+                hidden_BLD = checkpoint(self._layer, hidden_BLD, index, cos_sin, mask, cache, use_reentrant=False)
+            else:
+                hidden_BLD = self._layer(hidden_BLD, index, cos_sin, mask, cache)
+        return self.network.get_submodule("transformer.final_layernorm")(hidden_BLD)
+
+    def _layer(
+        self, hidden_BLD: Tensor, index: int, cos_sin: Tensor, mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
+        """SAT's block; it finds our attention by its hooks."""
+        block: Any = self.network
+        return block.hooks["layer_forward"](hidden_BLD, mask, layer_id=index, cos_sin=cos_sin, cache=cache)
+
+
+def chatglm(
+    *,
+    hidden_size: int = 4096,
+    num_layers: int = 28,
+    num_heads: int = 32,
+    inner_size: int = 16384,
+    vocab_size: int = 130528,
+    layer_norm_eps: float = 1e-5,
+    tokenizer: str | None = None,
+    ids: Mapping[str, int] | None = None,
+    offset: int = 0,
+    num_image_tokens: int = 32,
+    train_sop: bool = True,
+    rotary_dtype: str = "float16",
+    frozen: bool = True,
+    dtype: str = "float32",
+    device: str = "cpu",
+    initial_std: float | None = 0.02,
+    checkpoint_activations: bool = False,
+) -> ChatGLM:
+    """ChatGLM-6B, or a smaller one of its kind (`configs/model/llm/`).
+
+    Args:
+        tokenizer: `ice_text.model` or its folder; without one `ids` has to give bos, gmask and mask.
+        initial_std: see `sat_network.build`; None where a checkpoint follows.
+    """
+    from model.llm import sat_network
+
+    codec: ChatGLMCodec | None = None
+    if tokenizer is not None:
+        codec = ChatGLMCodec(tokenizer, num_image_tokens=num_image_tokens, ids=ids, offset=offset, train_sop=train_sop)
+        highest = max(codec.pieces.vocab_size, *(i + 1 for i in codec.ids.values()))
+        if highest > vocab_size:
+            raise ValueError(f"{tokenizer} has ids up to {highest - 1}, model.llm.vocab_size is {vocab_size}")
+    known = codec.ids if codec is not None else dict(ids or {})
+    if not {"bos", "gmask", "mask"} <= known.keys():
+        raise ValueError(f"model.llm needs a tokenizer, or ids for bos, gmask and mask; it has {sorted(known)}")
+    network = sat_network.build(
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        inner_size=inner_size,
+        vocab_size=vocab_size,
+        layer_norm_eps=layer_norm_eps,
+        device=device,
+        dtype=getattr(torch, dtype),
+        initial_std=initial_std,
+    )
+    return ChatGLM(
+        network.requires_grad_(not frozen),
+        num_heads=num_heads,
+        bos_id=known["bos"],
+        gmask_id=known["gmask"],
+        mask_id=known["mask"],
+        codec=codec,
+        rotary_dtype=rotary_dtype,
+        checkpoint_activations=checkpoint_activations,
+    )
+
+
+def attend(attention: Any, hidden_BLD: Tensor, mask: Tensor | None, cos_sin: Tensor, cached: Any) -> Tensor:
+    """The self-attention of one block.  `cached`: (key, value, used), filled from `used` on, read from 0; or None."""
+    qkv = attention.query_key_value(hidden_BLD)
+    query, key, value = qkv.unflatten(-1, (attention.num_attention_heads, -1)).chunk(3, dim=-1)
+    query_BALE = rotate(query, cos_sin).transpose(1, 2)
+    key_BASE, value_BASE = rotate(key, cos_sin).transpose(1, 2), value.transpose(1, 2)
+    if cached is not None:
+        all_keys, all_values, used = cached
+        end = used + hidden_BLD.shape[1]
+        all_keys[:, :, used:end], all_values[:, :, used:end] = key_BASE, value_BASE
+        key_BASE, value_BASE = all_keys[:, :, :end], all_values[:, :, :end]
+    context_BALE = F.scaled_dot_product_attention(query_BALE, key_BASE, value_BASE, attn_mask=mask)
+    return attention.dense(context_BALE.transpose(1, 2).flatten(2))
+
+
+def _autocast(tensor: Tensor) -> bool:
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)

@@ -1,0 +1,59 @@
+"""ChatGLM's sentencepiece models (`ice_text.model`, `tokenizer.model`), read without code from their folders.
+
+The Hugging Face tokenizers of these families are remote code, and that of ChatGLM-6B breaks with transformers 4.34 and
+later.  What they do around sentencepiece is little: line breaks and white space become pieces of their own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+_MAX_BLANKS = 80  # `<|blank_2|>` to `<|blank_80|>` (SPTokenizer.max_blank_length)
+
+
+class Pieces:
+    """Text <-> ids of one sentencepiece model.
+
+    Args:
+        offset: what is added to sentencepiece's ids (`num_image_tokens` of the oldest ChatGLM-6B: 20000; now 0).
+        line_break: the piece that stands for "\\n", and `<|tab|>`, `<|blank_n|>` for white space; None where the model
+            takes text as it is.
+        special: names that only the codec may write; in somebody's text they are spelt out instead.
+    """
+
+    def __init__(self, path: Path, *, special: Iterable[str], offset: int = 0, line_break: str | None = "<n>") -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        if not path.is_file():
+            raise ValueError(f"there is no sentencepiece model at {path}")
+        try:
+            self._model: Any = SentencePieceProcessor(model_file=str(path))
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path} is no sentencepiece model, or is damaged ({error})") from error
+        self.path, self.offset, self.line_break = path, offset, line_break
+        self.vocab_size = int(self._model.vocab_size()) + offset
+        # a break after the first character keeps a name in the text from becoming the token
+        self._special = re.compile("|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in sorted(special)))
+
+    def id_of(self, piece: str) -> int | None:
+        """None where the model has no such piece."""
+        found = int(self._model.piece_to_id(piece))
+        return None if found == self._model.unk_id() and piece != "<unk>" else found + self.offset
+
+    def encode(self, text: str) -> list[int]:
+        if self.line_break is not None:
+            text = text.replace("\n", self.line_break).replace("\t", "<|tab|>")
+            text = re.sub(f" {{2,{_MAX_BLANKS}}}", lambda blanks: f"<|blank_{len(blanks[0])}|>", text)
+        return [i + self.offset for part in self._special.split(text) for i in self._model.encode(part)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Ids that this model does not have are left out."""
+        known = [i - self.offset for i in ids if self.offset <= i < self.vocab_size]
+        text: str = self._model.decode(known)
+        if self.line_break is not None:
+            text = text.replace(self.line_break, "\n").replace("<|tab|>", "\t")
+            text = re.sub(r"<\|blank_(\d+)\|>", lambda blanks: " " * int(blanks[1]), text)
+        return text
