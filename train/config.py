@@ -62,6 +62,7 @@ class RunConfig:
     )
     force_resume: bool = key(False, "resume although the data, the frozen weights or the batch size have changed")
     device: str = key("auto", "auto takes the GPU where there is one", choices=("auto", "cpu", "cuda"))
+    threads: int = key(0, "CPU threads of torch in each process; 0 leaves the choice to torch", least=0)
     deterministic: bool = key(False, "only algorithms that give the same bits every time, slower on a GPU")
     wandb: WandbConfig = key(WandbConfig, "tracking with wandb, beside metrics.jsonl")
 

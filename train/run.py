@@ -56,6 +56,8 @@ def start(config: DictConfig) -> Run:
     if config.run.deterministic and device.type == "cuda":  # on a CPU everything used here is
         torch.use_deterministic_algorithms(True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
     seed_everything(config.run.seed)  # the same on every rank, so that all make the same weights
     return Run(device, ranks, run_dir)
 
