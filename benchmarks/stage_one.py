@@ -25,7 +25,7 @@ from train.config import build, compose
 from train.distributed import Ranks
 from train.engine import Engine, resolve_precision, store_frozen
 from train.pretrain import flops_counter
-from train.run import make_engine, make_groups
+from train.run import Run, make_engine
 from train.stage import Stage
 from train.tracking import peak_tflops
 
@@ -98,7 +98,7 @@ def run(args: argparse.Namespace, batch_size: int, length: int) -> str:
     stage = recipe_stage(config, device, vocab_size=args.vocab)
     precision = resolve_precision(config.train.precision, device)
     store_frozen(stage, precision)
-    engine = make_engine(config, stage, make_groups(config, stage), device, precision, Ranks.alone())
+    engine = make_engine(config, Run(device, Ranks.alone(), Path()), stage, precision)
     batch = generated_batch(
         size=batch_size,
         image_size=stage.model.vision.image_size,
