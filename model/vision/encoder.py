@@ -12,7 +12,7 @@ import contextlib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -151,6 +151,7 @@ def eva_vit(
     mlp_width: int = 6144,
     layer_norm_eps: float = 1e-6,
     initial_std: float = 0.02,
+    initial_positions: Literal["normal", "sincos"] = "normal",
     frozen: bool = True,
     dtype: str = "float32",
     ln_eps: float = LAVIS_LN_EPS,
@@ -163,7 +164,9 @@ def eva_vit(
 
     transformers' `Blip2VisionModel`, whose `post_layernorm` sits where the model's trainable `ln_vision` does and is
     therefore an identity here.  Weights start random (N(0, initial_std)); `model/weights/` fills them, and a narrow
-    encoder from scratch wants about width ** -0.5.
+    encoder from scratch wants about width ** -0.5.  With `initial_positions` sincos the learned position embeddings
+    begin as waves over rows and columns (MAE, arXiv 2111.06377; plain ViT baselines, arXiv 2205.01580), so that
+    patches know their neighbours before anything is learned: it matters for short trainings from scratch.
     """
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
@@ -186,6 +189,9 @@ def eva_vit(
     )
     network = Blip2VisionModel._from_config(config, attn_implementation="sdpa")
     network.post_layernorm = nn.Identity()
+    if initial_positions == "sincos":
+        with torch.no_grad():
+            network.embeddings.position_embedding[:, 1:] = sincos_positions(image_size // patch_size, width)
     return ImageEncoder(
         network,
         image_size=image_size,
@@ -196,6 +202,18 @@ def eva_vit(
         pixel_std=pixel_std,
         compile_blocks=compile_blocks,
     )
+
+
+def sincos_positions(grid: int, width: int, *, longest: float = 100.0) -> Tensor:
+    """-> (grid * grid, width): a quarter of the width each for sine and cosine of the row and of the column; wave
+    lengths from 2 pi to 2 pi * `longest` patches."""
+    if width % 4:
+        raise ValueError(f"sincos positions need a width that 4 divides, not {width}")
+    rate = longest ** -torch.linspace(0, 1, width // 4)
+    wave = torch.arange(grid)[:, None] * rate
+    along = torch.cat([wave.sin(), wave.cos()], dim=1)
+    rows, columns = along[:, None].expand(-1, grid, -1), along[None].expand(grid, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)
 
 
 def vision_from_folder(
