@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data.batch import ImageTextBatch, Report
+from data.batch import DialogueBatch, ImageTextBatch, Report
 from model.image_text import ImageTextModel, Seen
 from train.distributed import Ranks
 from train.loss.draw import keyed_uniform
@@ -297,7 +297,9 @@ class StageOneLoss:
         return {name: weights[name] * loss.value for name, loss in values.items()}, report
 
 
-def report_by_language(values: Mapping[str, LossValue], batch: ImageTextBatch) -> dict[str, tuple[Tensor, Tensor]]:
+def report_by_language(
+    values: Mapping[str, LossValue], batch: ImageTextBatch | DialogueBatch
+) -> dict[str, tuple[Tensor, Tensor]]:
     """Sums and counts that add up over ranks and micro-batches: `itc/zh`, ..., `num_samples/zh`, ..."""
     report: dict[str, tuple[Tensor, Tensor]] = {}
     for index, language in enumerate(batch.languages):

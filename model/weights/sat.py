@@ -1,0 +1,190 @@
+"""SwissArmyTransformer's checkpoints of VisualGLM: `model_config.json`, `latest`, `<n>/mp_rank_00_model_states.pt`.
+
+Read without SAT and without unpickling anything but tensors, numbers and the numpy random state that SAT's trainer
+saves beside the weights; written so that VisualGLM's own code loads the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.weights import visualglm
+from model.weights.checkpoint import Checkpoint, from_tensors
+from model.weights.filling import LoadReport
+from model.weights.visualglm import Entry, QkvOrder
+
+IMAGE_PREFIX, HEAD = "mixins.eva.model.", "mixins.chatglm-final.lm_head.weight"
+INV_FREQ = "mixins.chatglm-attn.rotary_emb.inv_freq"
+PAD_ID = 3  # what SAT's ChatGLM has meant since its checkpoints name it; older ones do not
+_LEFT_BY_LORA = ("matrix_A", "matrix_B")
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`model_config.json`, with what older ones leave out filled in.
+
+    Raises:
+        ValueError: no such file, another model, or one that is cut among GPUs.
+    """
+    file = folder / "model_config.json"
+    if not file.is_file():
+        raise ValueError(f"{folder} is no checkpoint of SwissArmyTransformer: it has no model_config.json")
+    config: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    missing = [key for key in ("hidden_size", "eva_args", "qformer_args", "bos_token_id") if key not in config]
+    if missing:
+        raise ValueError(f"{file} is of {config.get('model_class', 'some model')}, not of VisualGLM: no {missing}")
+    if config.get("model_parallel_size", 1) != 1:
+        raise ValueError(
+            f"{file}: model_parallel_size is {config['model_parallel_size']}; merge the parts with SAT first "
+            f"(from_pretrained with overwrite_args={{'model_parallel_size': 1}})"
+        )
+    config.setdefault("pad_token_id", PAD_ID)
+    for part in (config, config["eva_args"], config["qformer_args"]):
+        part["inner_hidden_size"] = part.get("inner_hidden_size") or 4 * part["hidden_size"]
+        part.setdefault("layernorm_epsilon", 1e-5)
+    return config
+
+
+def sizes(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Arguments of `eva_vit`, `QFormer` and `chatglm` for the model of this config."""
+    eva, qformer = config["eva_args"], config["qformer_args"]
+    image_size = eva["image_size"]
+    looking = [index for index, looks in enumerate(qformer["is_decoder"]) if looks]
+    frequency = looking[1] if len(looking) > 1 else qformer["num_layers"]
+    if looking != list(range(0, qformer["num_layers"], frequency)):
+        raise ValueError(f"cross-attention in layers {looking} of the Q-Former: not one in every {frequency}")
+    return {
+        "vision": {
+            "image_size": image_size[0] if isinstance(image_size, list) else image_size,
+            "patch_size": eva["patch_size"],
+            "width": eva["hidden_size"],
+            "num_layers": eva["num_layers"],
+            "num_heads": eva["num_attention_heads"],
+            "mlp_width": eva["inner_hidden_size"],
+            "layer_norm_eps": eva["layernorm_epsilon"],
+        },
+        "qformer": {
+            "image_width": qformer["cross_attn_hidden_size"],
+            "hidden_size": qformer["hidden_size"],
+            "num_layers": qformer["num_layers"],
+            "num_heads": qformer["num_attention_heads"],
+            "intermediate_size": qformer["inner_hidden_size"],
+            "num_query_tokens": config["image_length"],
+            "cross_attention_frequency": frequency,
+            "layer_norm_eps": qformer["layernorm_epsilon"],
+        },
+        "llm": {
+            "hidden_size": config["hidden_size"],
+            "num_layers": config["num_layers"],
+            "num_heads": config["num_attention_heads"],
+            "inner_size": config["inner_hidden_size"],
+            "vocab_size": config["vocab_size"],
+            "layer_norm_eps": config["layernorm_epsilon"],
+            "num_image_tokens": config["image_length"],
+            "ids": {name: config[f"{name}_token_id"] for name in ("bos", "gmask", "mask", "pad")},
+        },
+    }
+
+
+def open_folder(folder: Path) -> Checkpoint:
+    """The tensors of the newest checkpoint in `folder`, under SAT's names, paged in one by one.
+
+    Raises:
+        ValueError: no checkpoint, something in it that is no plain data, or an adapter that is not merged.
+    """
+    latest = folder / "latest"
+    if not latest.is_file():
+        raise ValueError(f"{folder} has no file `latest`, which names the checkpoint to read")
+    place = folder / latest.read_text("utf-8").strip()
+    files = sorted(place.glob("mp_rank_*_model_states.pt"))
+    if [file.name for file in files] != ["mp_rank_00_model_states.pt"]:
+        raise ValueError(f"{place} holds {[file.name for file in files]}; expected mp_rank_00_model_states.pt alone")
+    tensors = read_module(files[0])
+    adapter = [name for name in tensors if any(part in name for part in _LEFT_BY_LORA)]
+    if adapter:
+        raise ValueError(
+            f"{files[0]} holds a LoRA that is not merged ({len(adapter)} tensors, first: {adapter[0]}): convert it as an "
+            f"adapter, or merge it"
+        )
+    return from_tensors(tensors, str(files[0]))
+
+
+def read_module(file: Path) -> dict[str, Tensor]:
+    """The `module` of a file of SAT's or DeepSpeed's, mapped, not read."""
+    try:
+        with torch.serialization.safe_globals(_numpy_random_state()):
+            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{file} holds more than weights and random states, which could be a program, or is damaged; it is not read "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} is no readable torch file, perhaps cut short ({error})") from error
+    module = loaded.get("module") if isinstance(loaded, dict) else None
+    if not isinstance(module, dict):
+        raise ValueError(f"{file} has no weights under 'module', as SAT's checkpoints do")
+    return {name: tensor for name, tensor in module.items() if isinstance(tensor, Tensor)}
+
+
+def load(model: nn.Module, folder: Path, *, qkv_order: QkvOrder | None, reference: Tensor | None = None) -> LoadReport:
+    """Fills stage two's model.
+
+    Args:
+        qkv_order, reference: see `visualglm.resolve_order`.
+    Raises:
+        ValueError: see `visualglm.load`, `open_folder`.
+    """
+    checkpoint = open_folder(folder)
+    num_heads: Any = getattr(model, "llm").num_heads  # noqa: B009 - nn.Module's attributes have no type
+    order = visualglm.resolve_order(checkpoint, qkv_order, num_heads=num_heads, reference=reference)
+    return visualglm.load(model, checkpoint, table(model), order)
+
+
+def write(
+    model: nn.Module, folder: Path, config: Mapping[str, Any], *, qkv_order: QkvOrder = "blocks", iteration: int = 1
+) -> Path:
+    """A folder that SAT loads (`from_pretrained(folder)`); `config` is what `model_config.json` shall hold.
+
+    `blocks` is the order of SAT 0.4.1 and later.  Raises ValueError where the folder is not empty.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: nothing was written")
+    tensors = to_sat(model, qkv_order)
+    place = folder / str(iteration)
+    place.mkdir(parents=True)
+    (folder / "model_config.json").write_text(json.dumps(dict(config), indent=1, ensure_ascii=False), "utf-8")
+    torch.save({"module": tensors, "iteration": iteration}, place / "mp_rank_00_model_states.pt")
+    (folder / "latest").write_text(str(iteration), "utf-8")
+    return folder
+
+
+def to_sat(model: nn.Module, qkv_order: QkvOrder) -> dict[str, Tensor]:
+    """The model's tensors under SAT's names, and the table of frequencies that SAT counts as one."""
+    own = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    tensors = visualglm.to_theirs(own, table(model), qkv_order)
+    llm: Any = getattr(model, "llm")  # noqa: B009
+    half = llm.width // (2 * llm.num_heads)
+    frequency = 1.0 / (10000 ** (torch.arange(0, half, 2).float() / half))
+    tensors[INV_FREQ] = frequency.to(tensors[HEAD].dtype)
+    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+
+
+def table(model: nn.Module) -> list[Entry]:
+    return list(visualglm.entries(model, image_prefix=IMAGE_PREFIX, head=HEAD))
+
+
+def _numpy_random_state() -> list[Any]:
+    """What `np.random.get_state()` is pickled with, under numpy 1's names and numpy 2's: arrays of numbers."""
+    rebuild = np.empty(0).__reduce__()[0]
+    dtypes = [type(np.dtype(kind)) for kind in ("uint32", "int64", "float64")]
+    module = "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"
+    return [np.ndarray, np.dtype, *dtypes, *((rebuild, name) for name in module)]

@@ -1,0 +1,237 @@
+"""VisualGLM's tensors under our names and back: one table, for SAT's files and for the Hugging Face folder.
+
+Both keep the image encoder and the Q-Former as SAT names them (`visualglm.md` 2.7, 2.8, 2.10).  SAT's Q-Former hangs the
+norm after a feed-forward on the next layer's input.  The language model's joint query-key-value rows come in blocks or
+head by head, which no file says: `qkv_order` has to, or a tensor known from elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.weights import names
+from model.weights.checkpoint import Checkpoint
+from model.weights.filling import LoadReport, Part, fill
+from model.weights.names import ENCODER, QUERIES
+from model.weights.rows import head_by_head, in_blocks
+
+QkvOrder = Literal["blocks", "per_head"]
+LANGUAGE_MODEL, PROJECTION, LN_VISION = "language model", "projection", "ln_vision"
+FIRST_QKV = "transformer.layers.0.attention.query_key_value.weight"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of theirs: ours one below the other; `num_heads` where it may have to be permuted."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    block: str
+    num_heads: int | None = None
+
+    def to_ours(self, tensor: Tensor, order: QkvOrder) -> tuple[Tensor, ...]:
+        if self.num_heads is not None and order == "blocks":
+            tensor = head_by_head(tensor, self.num_heads)
+        return tensor.chunk(len(self.ours)) if len(self.ours) > 1 else (tensor,)
+
+    def to_theirs(self, tensors: list[Tensor], order: QkvOrder) -> Tensor:
+        tensor = torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+        if self.num_heads is not None and order == "blocks":
+            tensor = in_blocks(tensor, self.num_heads)
+        leading = (self.ours[0].endswith(_WITH_LEADING_ONE)) and tensor.dim() == 3
+        return tensor.reshape(-1, tensor.shape[-1]) if leading else tensor
+
+
+_WITH_LEADING_ONE = ("class_embedding", "position_embedding", "query_tokens.tokens")  # (1, n, W) here, (n, W) there
+
+
+def entries(model: nn.Module, *, image_prefix: str, head: str) -> Iterator[Entry]:
+    """The table for this model's depth.
+
+    Args:
+        image_prefix: `mixins.eva.model.` in SAT's files, `image_encoder.` in Hugging Face's.
+        head: the name of the output head there.
+    """
+    yield from _vision(model, f"{image_prefix}vit.")
+    yield from _qformer(names.qformer_layers(model), f"{image_prefix}qformer.transformer.")
+    yield from _pair("projection", f"{image_prefix}glm_proj", PROJECTION)
+    yield from _language_model(model, head)
+
+
+def in_our_names(checkpoint: Checkpoint, table: list[Entry], model: nn.Module, order: QkvOrder) -> Checkpoint:
+    """The same checkpoint as the model would name it, every tensor still read when it is asked for."""
+    targets = dict(model.named_parameters())
+    shapes: dict[str, tuple[int, ...]] = {}
+    where: dict[str, tuple[Entry, int]] = {}
+    known = set()
+    for entry in table:
+        known.add(entry.theirs)
+        shape = checkpoint.shapes.get(entry.theirs)
+        for index, ours in enumerate(entry.ours if shape is not None else ()):
+            assert shape is not None
+            where[ours] = (entry, index)
+            own = (shape[0] // len(entry.ours), *shape[1:])
+            leading = ours.endswith(_WITH_LEADING_ONE) and ours in targets and targets[ours].dim() == len(own) + 1
+            shapes[ours] = (1, *own) if leading else own
+    shapes |= {name: shape for name, shape in checkpoint.shapes.items() if name not in known}
+
+    def read(name: str) -> Tensor:
+        if name not in where:
+            return checkpoint.read(name)
+        entry, index = where[name]
+        return entry.to_ours(checkpoint.read(entry.theirs), order)[index].reshape(shapes[name])
+
+    return Checkpoint(checkpoint.path, shapes, read)
+
+
+def load(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    table: list[Entry],
+    order: QkvOrder,
+    *,
+    must: tuple[str, ...] = (ENCODER, LN_VISION, QUERIES, PROJECTION, LANGUAGE_MODEL),
+) -> LoadReport:
+    """Fills stage two's model, tensor by tensor.
+
+    Raises:
+        ValueError: a part that is missing, whole or by half, another depth, or a shape that does not fit.
+    """
+    _check_depths(model, checkpoint, table)
+    parts = [Part(ours, (ours,), entry.block) for entry in table for ours in entry.ours]
+    report = fill(model, in_our_names(checkpoint, table, model, order), parts, must=must)
+    report.notes.append(f"the language model's query-key-value rows were read as {order!r}")
+    left = [name for name in report.ignored if "inv_freq" not in name]
+    if left:
+        report.notes.append(f"not part of this model: {', '.join(sorted(left)[:5])}{' ...' if len(left) > 5 else ''}")
+    return report
+
+
+def to_theirs(tensors: Mapping[str, Tensor], table: list[Entry], order: QkvOrder) -> dict[str, Tensor]:
+    """Our tensors under their names, shapes and rows."""
+    missing = [ours for entry in table for ours in entry.ours if ours not in tensors]
+    if missing:
+        raise ValueError(f"the model lacks {len(missing)} tensors that VisualGLM has (first: {missing[:3]})")
+    return {entry.theirs: entry.to_theirs([tensors[ours] for ours in entry.ours], order) for entry in table}
+
+
+def resolve_order(
+    checkpoint: Checkpoint, order: QkvOrder | None, *, num_heads: int, reference: Tensor | None = None
+) -> QkvOrder:
+    """What `--qkv-order` says; or what `reference`, the first layer's joint weight head by head, shows.
+
+    Raises:
+        ValueError: neither is given, the reference is of other weights, or the two disagree.
+    """
+    if order not in (None, "blocks", "per_head"):
+        raise ValueError(f"qkv_order is {order!r}; it can be blocks (SAT 0.4.1 and later) or per_head (Hugging Face)")
+    if reference is None:
+        if order is None:
+            raise ValueError(
+                f"{checkpoint.path} does not say in which order the rows of query_key_value are. Give --qkv-order: "
+                f"blocks (SAT 0.4.1 and later, VisualGLM-6B as released since) or per_head (Hugging Face folders, SAT "
+                f"before 0.4.1, XrayGLM); the wrong one loads without an error and answers nonsense"
+            )
+        return order
+    found = checkpoint.read(FIRST_QKV)
+    for shown, as_found in (("per_head", reference), ("blocks", in_blocks(reference, num_heads))):
+        if found.shape == as_found.shape and torch.equal(found, as_found.to(found.dtype)):
+            if order not in (None, shown):
+                raise ValueError(
+                    f"{checkpoint.path} has its rows in order {shown!r}, as the reference shows, not {order!r}"
+                )
+            return shown  # type: ignore[return-value]
+    raise ValueError(
+        f"{FIRST_QKV} of {checkpoint.path} is the reference's in neither order: other weights, or fine-tuned"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+def _pair(ours: str, theirs: str, block: str, *, num_heads: int | None = None) -> Iterator[Entry]:
+    for kind in ("weight", "bias"):
+        yield Entry(f"{theirs}.{kind}", (f"{ours}.{kind}",), block, num_heads)
+
+
+def _joint(ours: tuple[str, ...], theirs: str, block: str) -> Iterator[Entry]:
+    for kind in ("weight", "bias"):
+        yield Entry(f"{theirs}.{kind}", tuple(f"{name}.{kind}" for name in ours), block)
+
+
+def _vision(model: nn.Module, vit: str) -> Iterator[Entry]:
+    network, layers = "vision.network.", names.encoder_layers(model)
+    if not layers:
+        raise ValueError(
+            "VisualGLM's image encoder is the EVA-ViT (model/vision=eva_vit_g); this model has another one"
+        )
+    words, places = f"{network}embeddings.class_embedding", f"{network}embeddings.position_embedding"
+    yield Entry(f"{vit}transformer.word_embeddings.weight", (words,), ENCODER)
+    yield Entry(f"{vit}transformer.position_embeddings.weight", (places,), ENCODER)
+    yield from _pair(f"{network}embeddings.patch_embedding", f"{vit}mixins.patch_embedding.proj", ENCODER)
+    for index in range(len(layers)):
+        ours, theirs = f"{network}encoder.layers.{index}.", f"{vit}transformer.layers.{index}."
+        for mine, name in (
+            ("layer_norm1", "input_layernorm"),
+            ("self_attn.qkv", "attention.query_key_value"),
+            ("self_attn.projection", "attention.dense"),
+            ("layer_norm2", "post_attention_layernorm"),
+            ("mlp.fc1", "mlp.dense_h_to_4h"),
+            ("mlp.fc2", "mlp.dense_4h_to_h"),
+        ):
+            yield from _pair(ours + mine, theirs + name, ENCODER)
+    yield from _pair("ln_vision", f"{vit}mixins.cls.ln_vision", LN_VISION)
+
+
+def _qformer(layers: Any, theirs: str) -> Iterator[Entry]:
+    yield Entry(f"{theirs}word_embeddings.weight", ("qformer.query_tokens.tokens",), QUERIES)
+    yield from _pair("qformer.embedding_norm", f"{theirs}layers.0.input_layernorm", QUERIES)
+    for index in range(len(layers)):
+        ours, layer = f"qformer.layers.{index}.", f"{theirs}layers.{index}."
+        attention = tuple(f"{ours}self_attention.{name}" for name in ("query", "key", "value"))
+        yield from _joint(attention, f"{layer}attention.query_key_value", QUERIES)
+        yield from _pair(f"{ours}self_attention.output.dense", f"{layer}attention.dense", QUERIES)
+        yield from _pair(f"{ours}self_attention.output.norm", f"{layer}post_attention_layernorm", QUERIES)
+        if layers[index].cross_attention is not None:
+            cross, image = f"{ours}cross_attention.", f"{ours}cross_attention.image."
+            yield from _pair(f"{cross}query", f"{layer}cross_attention.query", QUERIES)
+            yield from _joint((f"{image}key", f"{image}value"), f"{layer}cross_attention.key_value", QUERIES)
+            yield from _pair(f"{cross}output.dense", f"{layer}cross_attention.dense", QUERIES)
+            yield from _pair(f"{cross}output.norm", f"{layer}post_cross_attention_layernorm", QUERIES)
+        yield from _pair(f"{ours}query_feed_forward.dense", f"{layer}mlp.dense_h_to_4h", QUERIES)
+        yield from _pair(f"{ours}query_feed_forward.output.dense", f"{layer}mlp.dense_4h_to_h", QUERIES)
+        after = f"layers.{index + 1}.input_layernorm" if index + 1 < len(layers) else "final_layernorm"
+        yield from _pair(f"{ours}query_feed_forward.output.norm", theirs + after, QUERIES)
+
+
+def _language_model(model: nn.Module, head: str) -> Iterator[Entry]:
+    llm: Any = getattr(model, "llm", None)
+    ours = "llm.network."
+    yield Entry("transformer.word_embeddings.weight", (f"{ours}transformer.word_embeddings.weight",), LANGUAGE_MODEL)
+    for index in range(len(llm.layers)):
+        layer = f"transformer.layers.{index}."
+        for name in ("input_layernorm", "post_attention_layernorm", "attention.dense"):
+            yield from _pair(ours + layer + name, layer + name, LANGUAGE_MODEL)
+        joint = f"{layer}attention.query_key_value"
+        yield from _pair(ours + joint, joint, LANGUAGE_MODEL, num_heads=llm.num_heads)
+        for name in ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"):
+            yield from _pair(ours + layer + name, layer + name, LANGUAGE_MODEL)
+    yield from _pair(f"{ours}transformer.final_layernorm", "transformer.final_layernorm", LANGUAGE_MODEL)
+    yield Entry(head, (f"{ours}lm_head.weight",), LANGUAGE_MODEL)
+
+
+def _check_depths(model: nn.Module, checkpoint: Checkpoint, table: list[Entry]) -> None:
+    """More layers there than here would be left out without a word."""
+    known = {entry.theirs for entry in table}
+    deeper = [name for name in checkpoint.shapes if ".layers." in f".{name}" and name not in known]
+    deeper = [name for name in deeper if "lora" not in name and "matrix_" not in name and "inv_freq" not in name]
+    if deeper:
+        raise ValueError(
+            f"{checkpoint.path} has layers that this model does not: {len(deeper)} tensors (first: {sorted(deeper)[0]}). "
+            f"Set the depths of model.vision, model.qformer and model.llm as its config has them"
+        )
