@@ -92,6 +92,7 @@ def measure(engine: Engine, batch: ImageTextBatch, *, steps: int, warm_up: int, 
 
 def run(args: argparse.Namespace, batch_size: int, length: int) -> str:
     device = torch.device("cuda", 0)
+    torch.cuda.set_device(device)
     sizes = [f"train.global_batch_size={batch_size}", "train.accumulate=1"]
     config = compose("pretrain", [*RECIPE, *sizes, *args.overrides])
     torch.manual_seed(0)
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace, batch_size: int, length: int) -> str:
     engine = make_engine(config, Run(device, Ranks.alone(), Path()), stage, precision)
     batch = generated_batch(
         size=batch_size,
-        image_size=stage.model.vision.image_size,
+        image_size=config.model.vision.image_size,
         length=length,
         shortest=min(args.shortest, length),
         vocab_size=args.vocab,
@@ -125,7 +126,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--profile", action="store_true")
-    args, args.overrides = parser.parse_known_args()
+    args, overrides = parser.parse_known_args()
+    args.overrides = overrides
     if not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU; torch.cuda.is_available() is False")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
