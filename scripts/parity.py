@@ -1,15 +1,21 @@
 """Compares this project's numbers with a reference's, from the reference's own weights and inputs.
 
     python scripts/parity.py stage-one DIR
+    python scripts/parity.py visualglm DIR
 
-DIR holds `config.json` (sizes), `weights.safetensors` (LAVIS's names) and `rank<r>.safetensors` for each rank: inputs,
-the hard negatives drawn, and what the reference computed from them.  Prints one JSON object: the losses computed, and
-for every tensor and gradient the largest absolute difference from the one expected.  Runs as many processes as there
-are ranks.
+stage-one: DIR holds `config.json` (sizes), `weights.safetensors` (LAVIS's names) and `rank<r>.safetensors` for each
+rank: inputs, the hard negatives drawn, and what the reference computed from them.  Prints one JSON object: the losses
+computed, and for every tensor and gradient the largest absolute difference from the one expected.  Runs as many
+processes as there are ranks.
 
 The reference's conventions are selected whatever the project's defaults: ITC features keep their gradient on one rank
 and are gathered without on several; ITG is the mean over a rank's own tokens; no duplicate masks, no bounds for the
 temperature.
+
+visualglm: DIR is a checkpoint of SwissArmyTransformer (0.4.1 or later: query, key and value rows in blocks) with
+`io.safetensors` beside it: inputs, and what VisualGLM's own code computed from them.  Prints the loss computed, and for
+`projected` and `logits` the largest absolute difference; logits are compared up to each row's last token that is not
+padding.  The reference's conventions: <sop> is a label, fp32 frequencies, the mean over the labels of the batch.
 """
 
 from __future__ import annotations
@@ -28,11 +34,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.batch import ImageTextBatch
+from data.batch import IGNORED, DialogueBatch, ImageTextBatch
 from model.image_text import ImageTextModel
 from model.qformer import QFormer
 from model.vision.encoder import eva_vit
-from model.weights import lavis
+from model.visual_chat import VisualChatModel
+from model.weights import lavis, sat
 from train.distributed import Ranks
 from train.loss.stage_one import (
     ImageGroundedTextGeneration,
@@ -41,6 +48,7 @@ from train.loss.stage_one import (
     compare,
     match_candidates,
 )
+from train.loss.stage_two import StageTwoLoss
 
 
 def stage_one(folder: Path) -> dict[str, Any]:
@@ -165,6 +173,59 @@ def gradient_differences(model: ImageTextModel, reference: dict[str, Tensor], ra
     return {name: largest_difference(ours[name], reference[prefix + name]) for name in names}
 
 
+def visualglm(folder: Path) -> dict[str, Any]:
+    """What this code computes from VisualGLM's own checkpoint, beside what VisualGLM computed."""
+    config = sat.read_config(folder)
+    path = folder / "io.safetensors"
+    if not path.is_file():
+        raise ValueError(f"{folder} holds no io.safetensors: expected a folder as shared/parity/README.md describes")
+    reference = load_file(path)
+    model = visualglm_model(config)
+    sat.load(model, folder, qkv_order="blocks")
+    batch = visualglm_batch(reference, config["pad_token_id"])
+    batch = batch.agreed(step_target_tokens=batch.num_target_tokens, text_length=batch.text_length)
+    with torch.no_grad():
+        losses, _ = StageTwoLoss()(model, batch, Ranks.alone())
+        projected = model.projection(model.look(batch.image_GCHW))
+        logits = model.llm.logits(model.hidden(batch))
+    compared = batch.mask_BL
+    return {
+        "loss": losses["lm"].item(),
+        "projected": largest_difference(projected, reference["expected.projected"]),
+        "logits": largest_difference(logits[compared], reference["expected.logits"][compared]),
+    }
+
+
+def visualglm_model(config: dict[str, Any]) -> VisualChatModel:
+    from model.llm.chatglm import chatglm
+
+    sizes = sat.sizes(config)
+    qformer = QFormer(vocab_size=1, max_positions=1, dropout=0.0, **sizes["qformer"])  # its text branch leaves at once
+    llm = chatglm(rotary_dtype="float32", initial_std=None, **sizes["llm"])
+    return VisualChatModel(eva_vit(**sizes["vision"]), qformer, llm).eval()
+
+
+def visualglm_batch(reference: dict[str, Tensor], pad_id: int) -> DialogueBatch:
+    """One picture a row, where `pre_image` says; all that follows a row's last token is padding (so are, by their id,
+    the places of image tokens)."""
+    ids_BL, labels_BL = reference["input_ids"], reference["labels"]
+    position_L = torch.arange(ids_BL.shape[1])
+    is_token_BL = (ids_BL != pad_id) | (labels_BL != IGNORED)
+    last_B1 = torch.where(is_token_BL, position_L, 0).amax(dim=1, keepdim=True)
+    row_B = torch.arange(len(ids_BL))
+    return DialogueBatch(
+        image_GCHW=reference["image"],
+        image_row_G=row_B,
+        image_start_G=reference["pre_image"].expand(len(row_B)).long(),
+        ids_BL=ids_BL,
+        labels_BL=labels_BL,
+        mask_BL=position_L <= last_B1,
+        row_B=row_B,
+        language_B=torch.zeros_like(row_B),
+        languages=("any",),
+    )
+
+
 def largest_difference(found: Tensor, expected: Tensor) -> float:
     if found.numel() != expected.numel():
         raise ValueError(f"{tuple(found.shape)} computed, {tuple(expected.shape)} expected")
@@ -181,11 +242,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["stage-one"])
+    parser.add_argument("what", choices=["stage-one", "visualglm"])
     parser.add_argument("folder", type=Path, metavar="DIR")
     args = parser.parse_args()
     try:
-        print(json.dumps(stage_one(args.folder)))
+        compare_with = {"stage-one": stage_one, "visualglm": visualglm}[args.what]
+        print(json.dumps(compare_with(args.folder)))
     except ValueError as error:
         raise SystemExit(f"parity: {error}") from error
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
@@ -90,9 +91,10 @@ def initialise(network: nn.Module, std: float) -> None:
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
     """Inside, SAT builds models without a process group; afterwards random states and switches are as before."""
-    import sat.arguments
-    import sat.model.transformer
-    import sat.mpu.layers
+    with contextlib.redirect_stdout(sys.stderr):  # SAT and DeepSpeed say hello; a command's output is not theirs
+        import sat.arguments
+        import sat.model.transformer
+        import sat.mpu.layers
 
     switches = {name: getattr(torch.backends.cudnn, name) for name in ("benchmark", "deterministic", "enabled")}
     tf32 = torch.backends.cuda.matmul.allow_tf32

@@ -1,4 +1,4 @@
-"""`scripts/parity.py` on the reference's folders: losses within 1e-5, tensors and gradients within 1e-4."""
+"""`scripts/parity.py` on the folders of references: losses within 1e-5, tensors and gradients within 1e-4."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 TENSORS = ("image_embeds", "query_output", "sim_i2t", "sim_t2i", "itm_logits")
@@ -46,3 +47,35 @@ def test_a_changed_weight_shows(shared_dir: Path, repo_root: Path, tmp_path: Pat
     (tmp_path / "rank0.safetensors").unlink()
     refused = run_parity(tmp_path, repo_root)
     assert refused.returncode != 0 and "rank [0] has no rank<r>.safetensors" in refused.stderr
+
+
+def run_visualglm(folder: Path, repo_root: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "scripts/parity.py", "visualglm", str(folder)]
+    return subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=240)
+
+
+def test_visualglm_equals_its_own_code(shared_dir: Path, repo_root: Path) -> None:
+    folder = shared_dir / "parity" / "visualglm_sat"
+    done = run_visualglm(folder, repo_root)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    expected = load_file(folder / "io.safetensors")
+    assert found["loss"] == pytest.approx(expected["expected.loss"].item(), abs=1e-5)
+    assert found.keys() == {"loss", "projected", "logits"}
+    assert max(found["projected"], found["logits"]) < 1e-4
+
+
+def test_visualglm_shows_a_changed_weight(shared_dir: Path, repo_root: Path, tmp_path: Path) -> None:
+    folder = shared_dir / "parity" / "visualglm_sat"
+    for name in ("model_config.json", "latest"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    refused = run_visualglm(tmp_path, repo_root)
+    assert refused.returncode != 0 and "holds no io.safetensors" in refused.stderr
+    (tmp_path / "io.safetensors").write_bytes((folder / "io.safetensors").read_bytes())
+    weights = torch.load(folder / "1" / "mp_rank_00_model_states.pt", weights_only=True)
+    rows = weights["module"]["transformer.layers.1.attention.query_key_value.weight"]
+    rows[:] = rows.roll(1, 0)  # as a wrong order of rows would
+    (tmp_path / "1").mkdir()
+    torch.save(weights, tmp_path / "1" / "mp_rank_00_model_states.pt")
+    found = json.loads(run_visualglm(tmp_path, repo_root).stdout)
+    assert found["projected"] < 1e-4 < found["logits"]
