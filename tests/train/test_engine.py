@@ -93,7 +93,7 @@ def test_curve_is_plain_adamw() -> None:
             group["lr"] = 1e-2 * (1 - step.step / 20)
         optimizer.step()
         optimizer.zero_grad()
-        expected.append((float(sum(losses)) / len(losses), float(norm)))
+        expected.append((float(sum(losses).detach()) / len(losses), float(norm)))  # type: ignore[union-attr]
     curve = run_ranks(1, curves, [{"name": "it", "zero_stage": 0, "last": STEPS}], "")[0]["it"]["curve"]
     torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), atol=1e-6, rtol=1e-6)
 
