@@ -6,9 +6,11 @@ the DeepSpeed section, against DeepSpeed's own keys (`config_check.py`).  `build
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -191,6 +193,17 @@ def build(node: Any, **arguments: Any) -> Any:
     wants_partial = bool(plain.pop("_partial_", False))
     factory = instantiate({**plain, "_partial_": True, "_convert_": "all"})
     return partial(factory, **arguments) if wants_partial else factory(**arguments)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """A ValueError is a sentence for the user, not a page of frames; QUEQIAO_TRACEBACK=1 shows those too."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("QUEQIAO_TRACEBACK"):
+            raise
+        raise SystemExit(f"error: {error}\n(QUEQIAO_TRACEBACK=1 shows where it was raised)") from None
 
 
 def from_command_line(name: str, *, schema: type = Config, argv: Sequence[str] | None = None) -> DictConfig:

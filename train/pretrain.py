@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from train.config import build, from_command_line
+from train.config import build, from_command_line, user_errors
 
 
 def main() -> None:
@@ -17,11 +17,13 @@ def main() -> None:
 
     from train.run import finish, start, train
 
-    run = start(config)
-    sources, codec, loader = build_data(config, run)
-    stage = build_stage(config, run, codec)
-    train(config, run, stage, loader, build_evaluators(config, codec), flops_per_sample=flops_counter(stage.model))
-    finish()
+    with user_errors():
+        run = start(config)
+        sources, codec, loader = build_data(config, run)
+        stage = build_stage(config, run, codec)
+        evaluators = build_evaluators(config, codec)
+        train(config, run, stage, loader, evaluators, flops_per_sample=flops_counter(stage.model))
+        finish()
 
 
 def build_data(config: DictConfig, run: Any) -> tuple[Any, Any, Any]:

@@ -149,7 +149,10 @@ class Trainer:
         values = {n: value / self.ranks.count for n, value in zip(names, summed[: len(names)], strict=True)}
         values = {"loss": math.fsum(values.values()), **{n: values[n] for n in losses}}
         for k, total, count in zip(kinds, summed[len(names) :: 2], summed[len(names) + 1 :: 2], strict=True):
-            values[k] = total / count if count else total  # a count of zero marks a plain total
+            if k.startswith("num_"):  # a total, see `data.batch.Report`
+                values[k] = total
+            elif count:  # a language without a row in this step has no mean
+                values[k] = total / count
         if not all(map(math.isfinite, (values[n] for n in ("loss", *names)))):
             raise ValueError(f"a loss is not finite at step {step}: { {n: values[n] for n in names} }")
         rates = self.engine.learning_rates

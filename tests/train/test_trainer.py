@@ -121,6 +121,8 @@ def test_logs_the_loss_of_the_global_batch_and_every_part(tmp_path: Path) -> Non
     assert line["loss"] == pytest.approx(sum(expected) / len(expected), abs=1e-6)
     assert {"squared", "lr", "grad_norm", "samples_per_second", "data_wait", "skips"} <= line.keys()
     assert line["lr"] == pytest.approx(0.1)
+    assert line["num_rows"] == BATCH, "a total adds up over micro-batches"
+    assert "squared/xx" not in line, "a mean of no rows is not a zero"
     assert "tflops" not in line
 
 

@@ -62,7 +62,8 @@ def tiny_objectives(
 ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
     output = model.head(torch.tanh(model.inner(model.look(batch.x_BC)))) / model.temperature
     squared_B = ((output - batch.y_BD) ** 2).mean(1)
-    report = {"squared": (squared_B.detach().sum(), torch.tensor(float(len(batch))))}
+    none, rows = torch.tensor(0.0), torch.tensor(float(len(batch)))
+    report = {"squared": (squared_B.detach().sum(), rows), "squared/xx": (none, none), "num_rows": (rows, none)}
     return {"fit": squared_B.mean(), "size": 0.01 * output.abs().mean()}, report
 
 
