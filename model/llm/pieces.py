@@ -6,6 +6,7 @@ later.  What they do around sentencepiece is little: line breaks and white space
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -57,3 +58,34 @@ class Pieces:
             text = text.replace(self.line_break, "\n").replace("<|tab|>", "\t")
             text = re.sub(r"<\|blank_(\d+)\|>", lambda blanks: " " * int(blanks[1]), text)
         return text
+
+
+def train_pieces(texts: Iterable[str], path: Path, *, vocab_size: int, special: Iterable[str]) -> Path:
+    """A small `ice_text.model` from texts, for models that are trained from nothing.
+
+    <unk> is 0 and <pad> 3, as in ChatGLM-6B; `special` and the pieces for white space follow.  Fewer pieces than
+    `vocab_size` are made where the texts do not give so many.  The same texts make the same file.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    white = ["<n>", "<|tab|>", *(f"<|blank_{length}|>" for length in range(2, 9))]
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=(text.replace("\n", "<n>") for text in texts),
+        model_writer=model,
+        vocab_size=vocab_size,
+        hard_vocab_limit=False,
+        character_coverage=1.0,
+        normalization_rule_name="identity",  # full-width marks stay what they are
+        remove_extra_whitespaces=False,
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=3,
+        user_defined_symbols=[*white, *(name for name in special if name not in ("<unk>", "<pad>"))],
+        num_threads=1,
+        minloglevel=2,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.getvalue())
+    return path

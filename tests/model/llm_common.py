@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.llm import pieces
 from model.llm.chatglm import ChatGLM, ChatGLMCodec, chatglm
 
-SPECIAL = ["<n>", "<|tab|>", "<|blank_2|>", "<|blank_3|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
+SPECIAL = ["[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>"]
 TEXTS = [
-    "<img></img>问：这张图片的背景里有什么内容？<n>答：这张图片的背景是蒙蒙细雨。",
-    "<img></img>Q:What is in the picture?<n>A:A red circle on the left of a blue square.",
-    "问：描述这张图片。<n>答：两个绿色的三角形，还有一个红色的圆。",
-    "Q:Describe the image.<n>A:Two green triangles and one more.",
+    "<img></img>问：这张图片的背景里有什么内容？\n答：这张图片的背景是蒙蒙细雨。",
+    "<img></img>Q:What is in the picture?\nA:A red circle on the left of a blue square.",
+    "问：描述这张图片。\n答：两个绿色的三角形，还有一个红色的圆。",
+    "Q:Describe the image.\nA:Two green triangles and one more.",
 ]
 
 
 def train_pieces(path: Path, special: list[str] | None = None) -> Path:
-    """`ice_text.model` of some 120 pieces: <unk> 0, <pad> 3, then the special ones."""
-    from sentencepiece import SentencePieceTrainer
-
-    model = io.BytesIO()
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS * 5),
-        model_writer=model,
-        vocab_size=200,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=3,
-        user_defined_symbols=SPECIAL if special is None else special,
-        minloglevel=2,
-    )
-    path.write_bytes(model.getvalue())
-    return path
+    """`ice_text.model` of some 100 pieces."""
+    return pieces.train_pieces(TEXTS * 5, path, vocab_size=200, special=SPECIAL if special is None else special)
 
 
 def small_chatglm(tokenizer: Path | None, *, seed: int = 0, **changes: Any) -> ChatGLM:

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from data.batch import IGNORED, Dialogue, Turn
 from model.llm import sat_network
-from model.llm.chatglm import ChatGLM, ChatGLMCodec, positions, prefix_mask
+from model.llm.chatglm import SPECIAL, ChatGLM, ChatGLMCodec, positions, prefix_mask
+from model.llm.pieces import train_pieces as train_pieces_of
 from model.weights.rows import head_by_head
 from tests.model.llm_common import codec_of, small_chatglm, train_pieces
 
-GMASK, SOP, EOP, PAD = 9, 11, 12, 3  # what `train_pieces` gives
+MASK, GMASK, SOP, EOP, PAD = 13, 14, 16, 17, 3  # what `train_pieces` gives
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +105,14 @@ def test_decoding_gives_the_answer_back(codec: ChatGLMCodec) -> None:
 
 
 def test_special_ids_come_from_the_file_or_by_hand(tmp_path: Path, pieces: Path) -> None:
-    bare = train_pieces(tmp_path / "bare.model", special=["<n>"])
+    bare = train_pieces(tmp_path / "bare.model", special=[])
     with pytest.raises(ValueError, match=r"no piece \[MASK\].*model.llm.ids.mask"):
         ChatGLMCodec(bare, num_image_tokens=5)
     ids = {"mask": 130000, "gmask": 130001, "bos": 130004, "eos": 130005}
     found = ChatGLMCodec(bare, num_image_tokens=5, ids=ids)
     assert found.ids == {**ids, "pad": 3}
-    with pytest.raises(ValueError, match=r"<sop> is 11 in .*, 130004 in the configuration"):
-        ChatGLMCodec(pieces, num_image_tokens=5, ids=ids | {"mask": 8, "gmask": 9})
+    with pytest.raises(ValueError, match=r"<sop> is 16 in .*, 130004 in the configuration"):
+        ChatGLMCodec(pieces, num_image_tokens=5, ids=ids | {"mask": MASK, "gmask": GMASK})
     with pytest.raises(ValueError, match="there is no sentencepiece model"):
         ChatGLMCodec(tmp_path, num_image_tokens=5)
 
@@ -176,7 +177,7 @@ def rows_of_ids() -> tuple[Tensor, Tensor]:
 class Asked(nn.Module):
     """What SAT's own functions for masks and positions ask of a model."""
 
-    bos_token_id, gmask_token_id, mask_token_id, pad_token_id = SOP, GMASK, 8, PAD
+    bos_token_id, gmask_token_id, mask_token_id, pad_token_id = SOP, GMASK, MASK, PAD
 
     def __init__(self) -> None:
         super().__init__()
@@ -201,8 +202,8 @@ def test_masks_and_positions_equal_sats() -> None:
 
 
 def test_a_row_without_gmask_takes_mask() -> None:
-    llm = small_chatglm(None, ids={"bos": SOP, "gmask": GMASK, "mask": 8})
-    ids_BL = torch.tensor([[20, 8, 21, SOP, 5], [20, 8, GMASK, SOP, 5]])
+    llm = small_chatglm(None, ids={"bos": SOP, "gmask": GMASK, "mask": MASK})
+    ids_BL = torch.tensor([[20, MASK, 21, SOP, 5], [20, MASK, GMASK, SOP, 5]])
     context_B, mask_token_B = llm._marks(ids_BL)
     assert context_B.tolist() == [3, 3] and mask_token_B.tolist() == [1, 2]
     assert torch.equal(positions(context_B, mask_token_B, 5)[:1], Asked().get_inputs(ids_BL[:1])[1])
@@ -223,7 +224,7 @@ def sat_alone() -> Iterator[None]:
 def test_numbers_and_gradients_equal_sats() -> None:
     from argparse import Namespace
 
-    ids = {"bos_token_id": SOP, "gmask_token_id": GMASK, "mask_token_id": 8, "pad_token_id": PAD}
+    ids = {"bos_token_id": SOP, "gmask_token_id": GMASK, "mask_token_id": MASK, "pad_token_id": PAD}
     sizes = {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "inner_hidden_size": 48, "vocab_size": 256}
     with sat_network.contained():
         from sat.model.official.chatglm_model import ChatGLMModel
@@ -233,7 +234,7 @@ def test_numbers_and_gradients_equal_sats() -> None:
     torch.manual_seed(3)
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.3)
-    ours = small_chatglm(None, ids={"bos": SOP, "gmask": GMASK, "mask": 8}, rotary_dtype="float32")
+    ours = small_chatglm(None, ids={"bos": SOP, "gmask": GMASK, "mask": MASK}, rotary_dtype="float32")
     state = dict(theirs.named_parameters())
     state["lm_head.weight"] = state.pop("mixins.chatglm-final.lm_head.weight")
     own = {n: head_by_head(t, 4) if "query_key_value" in n else t for n, t in state.items()}
@@ -348,3 +349,18 @@ def test_sizes_that_cannot_be(pieces: Path) -> None:
     with pytest.raises(ValueError, match="multiple of 4 x num_heads"):
         small_chatglm(None, hidden_size=36)
     assert codec_of(small_chatglm(pieces)).num_image_tokens == 5
+
+
+def test_a_tokenizer_of_ones_own(tmp_path: Path, codec: ChatGLMCodec) -> None:
+    texts = ["问：描述\t这张图片。\n答：红色的圆", "Q:Describe  the image.\nA:A red circle"]
+    files = [pieces_of_text(texts, tmp_path / name / "ice_text.model") for name in ("a", "b")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    made = ChatGLMCodec(files[0].parent, num_image_tokens=5)
+    assert {role: made.ids[role] for role in ("pad", "bos", "gmask")} == {"pad": 3, "bos": SOP - 1, "gmask": GMASK}
+    for text in (*texts, "答：Describe\n\n红色 的    圆"):
+        assert made.decode([*made.pieces.encode(text), *made.stop_ids]) == text
+    assert codec.pieces.encode("\n") == codec.pieces.encode("<n>") and len(codec.pieces.encode("a\tb")) < 6
+
+
+def pieces_of_text(texts: list[str], path: Path) -> Path:
+    return train_pieces_of(texts, path, vocab_size=80, special=SPECIAL.values())
