@@ -67,41 +67,42 @@ ARRANGEMENTS: dict[str, tuple[tuple[float, float], ...]] = {
 }
 _OF_COUNT = {n: tuple(name for name, places in ARRANGEMENTS.items() if len(places) == n) for n in (1, 2, 3)}
 
-# {0}, {1}, {2} are the objects from left to right or from top to bottom.  All phrasings of a line say the same thing.
+# {0}, {1}, {2} are the objects from left to right or from top to bottom, and are named in this order: so what is said
+# first follows from the picture alone, not from a choice that the rest of the caption must keep to.
 PHRASINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "en": {
         "pair in a row": (
             "a {0} to the left of a {1}",
-            "a {1} to the right of a {0}",
+            "a {0} and to its right a {1}",
             "on the left is a {0}, on the right is a {1}",
         ),
         "pair in a column": (
             "a {0} above a {1}",
-            "a {1} below a {0}",
+            "a {0} and below it a {1}",
             "at the top is a {0}, at the bottom is a {1}",
         ),
         "three in a row": (
             "from left to right, a {0}, a {1} and a {2}",
-            "a {1} between a {0} on the left and a {2} on the right",
+            "on the left is a {0}, in the middle a {1}, on the right a {2}",
         ),
         "three in a column": (
             "from top to bottom, a {0}, a {1} and a {2}",
-            "a {1} between a {0} at the top and a {2} at the bottom",
+            "at the top is a {0}, in the middle a {1}, at the bottom a {2}",
         ),
     },
     "zh": {
         "pair in a row": (
             "一个{0}在一个{1}的左边",
-            "一个{1}在一个{0}的右边",
+            "一个{0}，右边有一个{1}",
             "左边是一个{0}，右边是一个{1}",
         ),
         "pair in a column": (
             "一个{0}在一个{1}的上方",
-            "一个{1}在一个{0}的下方",
+            "一个{0}，下方有一个{1}",
             "上面是一个{0}，下面是一个{1}",
         ),
-        "three in a row": ("从左到右依次是{0}、{1}和{2}", "中间是{1}，左边是{0}，右边是{2}"),
-        "three in a column": ("从上到下依次是{0}、{1}和{2}", "中间是{1}，上面是{0}，下面是{2}"),
+        "three in a row": ("从左到右依次是{0}、{1}和{2}", "左边是{0}，中间是{1}，右边是{2}"),
+        "three in a column": ("从上到下依次是{0}、{1}和{2}", "上面是{0}，中间是{1}，下面是{2}"),
     },
 }
 _PLACE_WORDS = {

@@ -70,7 +70,7 @@ def test_pictures_of_one_composition_differ() -> None:
             "en",
             [
                 "a large red circle to the left of a small blue star",
-                "a small blue star to the right of a large red circle",
+                "a large red circle and to its right a small blue star",
                 "on the left is a large red circle, on the right is a small blue star",
             ],
         ),
@@ -78,7 +78,7 @@ def test_pictures_of_one_composition_differ() -> None:
             "zh",
             [
                 "一个红色的大圆形在一个蓝色的小五角星的左边",
-                "一个蓝色的小五角星在一个红色的大圆形的右边",
+                "一个红色的大圆形，右边有一个蓝色的小五角星",
                 "左边是一个红色的大圆形，右边是一个蓝色的小五角星",
             ],
         ),
