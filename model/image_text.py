@@ -141,7 +141,7 @@ class ImageTextModel(nn.Module):
 
     def encode_text(self, text_ids_PL: Tensor, text_mask_PL: Tensor) -> Tensor:
         """-> text_PE, of length one: the text's first token, projected."""
-        first_PH = self.qformer.read(text_ids_PL, text_mask_PL)[:, 0]
+        first_PH = self.qformer.read(text_ids_PL, text_mask_PL, keep=1)[:, 0]
         return self._embed(self.text_proj, first_PH)
 
     def match_memories(self, memories: Sequence[ImageMemory], text_ids_PL: Tensor, text_mask_PL: Tensor) -> Tensor:
@@ -191,21 +191,21 @@ class ImageTextModel(nn.Module):
         hidden, inner = qformer.hidden_size, qformer.intermediate_size
         num_layers, num_looking = len(qformer.layers), len(qformer.looking())
 
-        def self_attention(tokens: int, seen: int) -> float:
-            return tokens * 8 * hidden * hidden + 4 * tokens * seen * hidden
-
-        def feed_forward(tokens: int) -> float:
-            return tokens * 4 * hidden * inner
+        def passing(tokens: int, seen: int, kept: int) -> float:
+            """All layers, of which the last works out only the tokens whose outcome is used."""
+            of_all = tokens * 4 * hidden * hidden  # keys and values
+            of_each = 4 * hidden * hidden + 4 * seen * hidden + 4 * hidden * inner
+            return num_layers * of_all + ((num_layers - 1) * tokens + kept) * of_each
 
         def cross_attention(tokens: int) -> float:
             return tokens * 4 * hidden * hidden + 4 * tokens * num_image_tokens * hidden
 
         queries = qformer.num_query_tokens
         together = queries + text_length
-        see = num_layers * (self_attention(queries, queries) + feed_forward(queries))
-        read = num_layers * (self_attention(text_length, text_length) + feed_forward(text_length))
-        match = 3 * num_layers * (self_attention(together, together) + feed_forward(together))
-        caption = num_layers * (self_attention(text_length, together) + feed_forward(text_length))
+        see = passing(queries, queries, kept=queries)
+        read = passing(text_length, text_length, kept=1)
+        match = 3 * passing(together, together, kept=queries)
+        caption = passing(text_length, together, kept=text_length)
         words = text_length * 2 * hidden * (hidden + qformer.vocab_size)
         looks = 4 * num_looking * cross_attention(queries)
         memory = num_looking * num_image_tokens * 4 * qformer.image_width * hidden

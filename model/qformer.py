@@ -4,7 +4,7 @@ A post-norm BERT whose self-attention is shared by queries and text, whose feed-
 at the image in every second layer.  Four named passes: `see` (queries, image), `read` (text alone), `match` (queries,
 image and text together) and `caption` (text after queries).  The arithmetic is LAVIS's (`blip2_models/Qformer.py`);
 what differs changes no number: fused attention, and an image's cross-attention keys and values are projected once by
-`look` and handed to every pass (LAVIS projects them four times a step).
+`look` and handed to every pass (LAVIS projects them four times a step), and the last layer computes only what is used.
 
 Shape letters   B = images   P = image-text pairs   Q = query tokens   L = caption length   T = any tokens
                 H = hidden size   W = image width   M = image tokens   A = heads   D = H / A   V = vocabulary
@@ -79,17 +79,22 @@ class SelfAttention(nn.Module):
         self.value = nn.Linear(hidden_size, hidden_size)
         self.output = AttentionOutput(hidden_size, hidden_size, dropout, eps)
 
-    def forward(self, x_PTH: Tensor, mask: Tensor | None, past: KeyValue | None = None) -> tuple[Tensor, KeyValue]:
-        """`past` (the queries' keys and values, when text continues after them) goes before this pass's own."""
-        query, key, value = (
-            split_heads(linear(x_PTH), self.num_heads) for linear in (self.query, self.key, self.value)
-        )
+    def forward(
+        self, x_PTH: Tensor, mask: Tensor | None, past: KeyValue | None = None, keep: int | None = None
+    ) -> tuple[Tensor, KeyValue]:
+        """`past` (the queries' keys and values, when text continues after them) goes before this pass's own.
+
+        The output has the first `keep` tokens only; all are seen.
+        """
+        kept_PTH = x_PTH[:, :keep]
+        query = split_heads(self.query(kept_PTH), self.num_heads)
+        key, value = (split_heads(linear(x_PTH), self.num_heads) for linear in (self.key, self.value))
         own = (key, value)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         dropout = self.attention_dropout if self.training else 0.0
         context_PATD = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-        return self.output(context_PATD.transpose(1, 2).flatten(2), x_PTH), own
+        return self.output(context_PATD.transpose(1, 2).flatten(2), kept_PTH), own
 
 
 class ImageProjection(nn.Module):
@@ -174,9 +179,10 @@ class Layer(nn.Module):
         mask: Tensor | None = None,
         past: KeyValue | None = None,
         memories: Sequence[tuple[KeyValue, int]] = (),
+        keep: int | None = None,
     ) -> tuple[Tensor, KeyValue]:
         """The first `num_query_tokens` of T are queries, the rest is text; either may be none."""
-        x_PTH, own = self.self_attention(x_PTH, mask, past)
+        x_PTH, own = self.self_attention(x_PTH, mask, past, keep)
         query_PQH, text_PLH = x_PTH[:, :num_query_tokens], x_PTH[:, num_query_tokens:]
         parts = []
         if query_PQH.shape[1]:
@@ -298,10 +304,10 @@ class QFormer(nn.Module):
         x_PQH = self._queries(len(memory) * memory.uses)
         return self._run(x_PQH, num_query_tokens=self.num_query_tokens, memories=[memory])
 
-    def read(self, text_ids_PL: Tensor, text_mask_PL: Tensor) -> Tensor:
-        """Text alone, both directions.  -> text_PLH"""
+    def read(self, text_ids_PL: Tensor, text_mask_PL: Tensor, *, keep: int | None = None) -> Tensor:
+        """Text alone, both directions.  -> text_PLH, of the first `keep` tokens if not of all"""
         mask = attention_mask.text_alone(text_mask_PL)
-        return self._run(self._embed(text_ids_PL), num_query_tokens=0, mask=mask)[0]
+        return self._run(self._embed(text_ids_PL), num_query_tokens=0, mask=mask, keep=keep)[0]
 
     def match(self, memories: Sequence[ImageMemory], text_ids_PL: Tensor, text_mask_PL: Tensor) -> Tensor:
         """Queries, image and text together, both directions.  -> query_PQH
@@ -312,8 +318,8 @@ class QFormer(nn.Module):
         assert num_pairs == len(text_ids_PL), f"{num_pairs} images for {len(text_ids_PL)} texts"
         x_PTH = torch.cat([self._queries(num_pairs), self._embed(text_ids_PL)], dim=1)
         mask = attention_mask.query_with_text(text_mask_PL, self.num_query_tokens)
-        x_PTH, _ = self._run(x_PTH, num_query_tokens=self.num_query_tokens, mask=mask, memories=memories)
-        return x_PTH[:, : self.num_query_tokens]
+        num_queries = self.num_query_tokens
+        return self._run(x_PTH, num_query_tokens=num_queries, mask=mask, memories=memories, keep=num_queries)[0]
 
     def caption(self, past: Sequence[KeyValue], text_ids_PL: Tensor, text_mask_PL: Tensor) -> Tensor:
         """Text after the queries of `see`, each token seeing those before it.  -> text_PLH, for `language_head`
@@ -343,7 +349,9 @@ class QFormer(nn.Module):
         mask: Tensor | None = None,
         past: Sequence[KeyValue] | None = None,
         memories: Sequence[ImageMemory] = (),
+        keep: int | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
+        """`keep`: tokens whose outcome is wanted; the last layer computes no others (LAVIS computes and drops them)."""
         key_values, num_looked = [], 0
         for index, layer in enumerate(self.layers):
             seen: list[tuple[KeyValue, int]] = []
@@ -356,6 +364,7 @@ class QFormer(nn.Module):
                 mask=mask,
                 past=None if past is None else past[index],
                 memories=seen,
+                keep=keep if index == len(self.layers) - 1 else None,
             )
             key_values.append(own)
         return x_PTH, key_values

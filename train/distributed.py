@@ -14,7 +14,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed._functional_collectives import all_gather_tensor, all_gather_tensor_autograd, wait_tensor
+
+try:  # torch 2.13 renamed it
+    from torch.distributed._functional_collectives import all_gather_single_autograd
+except ImportError:
+    from torch.distributed._functional_collectives import all_gather_tensor_autograd as all_gather_single_autograd
 
 T = TypeVar("T")
 
@@ -62,14 +66,17 @@ class Ranks:
             return x_B
         if not (torch.is_grad_enabled() and x_B.requires_grad):
             return self.gather_constant(x_B)
-        # contiguous: with gloo, torch 2.13 gives a wrong gradient where the incoming one is not
-        return all_gather_tensor_autograd(x_B.contiguous(), gather_dim=0, group=self._device_group)
+        return self._all_gather(x_B)
 
     def gather_constant(self, x_B: Tensor) -> Tensor:
         """As `gather`, without gradient, own rows included (LAVIS's `concat_all_gather`)."""
         if self.count == 1:
             return x_B.detach()
-        return wait_tensor(all_gather_tensor(x_B.detach().contiguous(), gather_dim=0, group=self._device_group))
+        return self._all_gather(x_B.detach())
+
+    def _all_gather(self, x_B: Tensor) -> Tensor:
+        # contiguous: with gloo, torch 2.13 gives a wrong gradient where the incoming one is not
+        return all_gather_single_autograd(x_B.contiguous(), gather_dim=0, group=self._device_group)
 
     def own_rows(self, num_rows: int, device: torch.device) -> Tensor:
         """Rows of the gathered batch that this rank's came from: rank * B + (0 .. B-1)."""
