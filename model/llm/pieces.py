@@ -37,7 +37,8 @@ class Pieces:
         self.path, self.offset, self.line_break = path, offset, line_break
         self.vocab_size = int(self._model.vocab_size()) + offset
         # a break after the first character keeps a name in the text from becoming the token
-        self._special = re.compile("|".join(f"(?<={re.escape(n[0])})(?={re.escape(n[1:])})" for n in sorted(special)))
+        breaks = [f"(?<={re.escape(name[0])})(?={re.escape(name[1:])})" for name in sorted(special)]
+        self._special = re.compile("|".join(breaks) or "(?!)")  # an empty pattern would break everywhere
 
     def id_of(self, piece: str) -> int | None:
         """None where the model has no such piece."""

@@ -1,0 +1,207 @@
+"""ChatGLM2-6B, ChatGLM3-6B and GLM-4-9B through transformers' own `GlmForCausalLM`: no remote code.
+
+The three compute alike and differ in sizes, tokenizer and prompt: `chatglm2.py`, `chatglm3.py`, `glm4.py`.  Adapters
+have the names of transformers' GLM layout (`q_proj`, ..., `gate_up_proj`), not those of the original folders
+(`query_key_value`, `dense_h_to_4h`); `model/weights/glm.py` converts weights between the two.
+
+Shape letters   B = rows   L = length   D = width   E = size of a head   T = any positions   V = vocabulary
+                S = keys seen, cached ones included   R = pairs of dimensions that turn (E / 4)
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.llm.base import LanguageModel
+from model.llm.glm_codec import GlmCodec
+
+ROTATED = 0.5  # the share of every head that turns with its position
+
+
+@dataclass
+class Cache:
+    """Keys and values of everything seen."""
+
+    key_values: Any  # transformers' own
+    seen_BS: Tensor  # bool: real tokens
+    position_B: Tensor  # of the next token
+    padded: bool  # some row has padding between its prompt and what comes
+
+
+class Glm(LanguageModel):
+    """See the module's docstring and `model.llm.base.LanguageModel`.
+
+    The mask is causal and padding is on the right, so no real token sees any: attention needs no mask until padded rows
+    are added to, and runs through the causal fused kernel.
+    """
+
+    lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
+
+    def __init__(
+        self, network: nn.Module, *, codec: GlmCodec | None = None, checkpoint_activations: bool = False
+    ) -> None:
+        super().__init__()
+        self.network, self.codec = network, codec
+        self.vocab_size, self.width = self.config.vocab_size, self.config.hidden_size
+        self.checkpoint_activations = checkpoint_activations
+
+    @property
+    def config(self) -> Any:
+        """transformers' `GlmConfig`"""
+        return self.network.config
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        found = self.network.get_submodule("model.layers")
+        assert isinstance(found, nn.ModuleList)
+        return found
+
+    def embed(self, ids_BL: Tensor) -> Tensor:
+        return self.network.get_submodule("model.embed_tokens")(ids_BL)
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        return self.network.get_submodule("lm_head")(hidden_TD)
+
+    def hidden(self, embedded_BLD: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        return self._run(embedded_BLD, _from_zero(ids_BL), None, None)
+
+    def prefill(self, embedded_BLD: Tensor, ids_BL: Tensor, mask_BL: Tensor, *, room: int) -> tuple[Tensor, Cache]:
+        from transformers import DynamicCache
+
+        num_real_B = mask_BL.sum(dim=1)
+        cache = Cache(DynamicCache(config=self.config), mask_BL, num_real_B, padded=not bool(mask_BL.all()))
+        hidden_BLD = self._run(embedded_BLD, _from_zero(ids_BL), None, cache.key_values)
+        return hidden_BLD[torch.arange(len(ids_BL), device=ids_BL.device), num_real_B - 1], cache
+
+    def extend(self, ids_B: Tensor, cache: Cache) -> Tensor:
+        cache.seen_BS = F.pad(cache.seen_BS, (0, 1), value=True)
+        mask = cache.seen_BS[:, None, None, :] if cache.padded else None
+        hidden_B1D = self._run(self.embed(ids_B[:, None]), cache.position_B[:, None], mask, cache.key_values)
+        cache.position_B = cache.position_B + 1
+        return hidden_B1D[:, 0]
+
+    def _run(self, hidden_BLD: Tensor, position_BL: Tensor, mask: Tensor | None, key_values: Any) -> Tensor:
+        """What `GlmModel.forward` does, with our own angles and our own choice of what to recompute."""
+        on = hidden_BLD.device.type
+        autocast = on != "meta" and torch.is_autocast_enabled(on)
+        cos_sin = rotation(position_BL, self.config, torch.get_autocast_dtype(on) if autocast else hidden_BLD.dtype)
+        rest = {"attention_mask": mask, "position_embeddings": cos_sin, "past_key_values": key_values}
+        # not `self.training`: a frozen model is in eval mode, and the gradient still passes through it
+        recompute = self.checkpoint_activations and torch.is_grad_enabled() and hidden_BLD.requires_grad
+        for layer in self.layers:
+            if recompute:
+                hidden_BLD = checkpoint(layer, hidden_BLD, use_reentrant=False, **rest)
+            else:
+                hidden_BLD = layer(hidden_BLD, **rest)
+        return self.network.get_submodule("model.norm")(hidden_BLD)
+
+
+def rotation(position_BL: Tensor, config: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """-> cos_BL(2R), sin_BL(2R) as transformers' GLM layers take them: R angles, twice.
+
+    Computed from the configuration each time: the network's own frequencies are a buffer, which `.to(bfloat16)` rounds
+    and `to_empty` loses.
+    """
+    rope = config.rope_parameters
+    size = int(config.head_dim * rope["partial_rotary_factor"])
+    exponent_R = torch.arange(0, size, 2, device=position_BL.device).float() / size
+    frequency_R = 1.0 / (rope["rope_theta"] ** exponent_R * rope.get("factor", 1.0))
+    angle_BLR = position_BL[..., None].float() * frequency_R
+    angle = torch.cat([angle_BLR, angle_BLR], dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def glm_config(
+    *,
+    hidden_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    inner_size: int,
+    vocab_size: int,
+    norm_eps: float,
+    qkv_bias: bool = True,
+    rope_base: float = 10000.0,
+    rope_interpolation: float = 1.0,
+    tied_head: bool = False,
+    initial_std: float = 0.02,
+) -> Any:
+    """transformers' `GlmConfig` for these sizes.
+
+    Args:
+        rope_base: 10000 times the rope_ratio of ChatGLM3's and GLM-4's config.json.
+        rope_interpolation: what positions are divided by, the rope_ratio of ChatGLM2's long variant.
+    Raises:
+        ValueError: sizes that cannot be.
+    """
+    from transformers import GlmConfig
+
+    if num_heads % num_kv_heads or head_size % 4:
+        raise ValueError(
+            f"model.llm: {num_heads} heads share {num_kv_heads} keys and values (num_kv_heads has to divide num_heads); "
+            f"half of head_size {head_size} turns in pairs (a multiple of 4)"
+        )
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rope_base, "partial_rotary_factor": ROTATED}
+    if rope_interpolation != 1.0:
+        rope |= {"rope_type": "linear", "factor": rope_interpolation}
+    return GlmConfig(
+        hidden_size=hidden_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        head_dim=head_size,
+        intermediate_size=inner_size,
+        vocab_size=vocab_size,
+        rms_norm_eps=norm_eps,
+        attention_bias=qkv_bias,
+        rope_parameters=rope,
+        tie_word_embeddings=tied_head,
+        initializer_range=initial_std,
+        pad_token_id=None,  # with one, torch would keep the gradient from that row of the embedding
+        eos_token_id=[],  # the codec's business
+        use_cache=False,
+    )
+
+
+def glm(
+    codec: GlmCodec | None,
+    *,
+    frozen: bool,
+    dtype: str,
+    device: str,
+    initial_std: float | None,
+    checkpoint_activations: bool,
+    **sizes: Any,
+) -> Glm:
+    """Builds what a family's file asks for; `sizes` are `glm_config`'s.
+
+    Args:
+        initial_std: of random weights, drawn from torch's generator; None leaves memory as it is, where a checkpoint
+            follows.
+    Raises:
+        ValueError: a tokenizer with more ids than the network has.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    if codec is not None and codec.num_ids > sizes["vocab_size"]:
+        raise ValueError(
+            f"the tokenizer has ids up to {codec.num_ids - 1}, model.llm.vocab_size is {sizes['vocab_size']}"
+        )
+    config = glm_config(**sizes, **({} if initial_std is None else {"initial_std": initial_std}))
+    with torch.device(device), no_init_weights() if initial_std is None else nullcontext():
+        network = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    return Glm(network.requires_grad_(not frozen).eval(), codec=codec, checkpoint_activations=checkpoint_activations)
+
+
+def _from_zero(ids_BL: Tensor) -> Tensor:
+    """-> position_1L, the same for all rows"""
+    return torch.arange(ids_BL.shape[1], device=ids_BL.device)[None]
