@@ -22,15 +22,16 @@ MAX_DENOMINATOR = 1 << 24
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one global batch: parallel int64 arrays."""
+    """Rows of one global batch, or of some: parallel int64 arrays."""
 
+    step: np.ndarray  # the global batch
     row: np.ndarray  # 0 .. global batch - 1
     stream: np.ndarray  # index into `Plan.streams`
     index: np.ndarray  # the sample's number in its stream
     epoch: np.ndarray  # how often the stream had been read from end to end before
 
-    def __getitem__(self, part: slice) -> Rows:
-        return Rows(self.row[part], self.stream[part], self.index[part], self.epoch[part])
+    def __getitem__(self, part: slice | np.ndarray) -> Rows:
+        return Rows(self.step[part], self.row[part], self.stream[part], self.index[part], self.epoch[part])
 
 
 class Quotas:
@@ -162,7 +163,7 @@ class Plan:
         for i in np.unique(stream):
             mine = stream == i
             index[mine], epoch[mine] = self._sample(int(i), position[mine])
-        return Rows(row, stream, index, epoch)
+        return Rows(np.full_like(row, step), row, stream, index, epoch)
 
     def _sample(self, stream: int, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Every epoch of a stream reads each of its samples once, in an order of its own."""
