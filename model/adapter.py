@@ -1,0 +1,203 @@
+"""What is added to a frozen model so that it can learn: nothing, LoRA, or LoRA on a language model kept in 4 bits.
+
+peft wraps linear maps in place and bitsandbytes stores them; both are imported when an adapter is built.  Adapters are
+saved in peft's own layout, with the rows and names of the family's Hugging Face folder (`model/llm/base.py`), so that
+`peft` alone can put one on the bare language model.
+
+An adapter is asked twice: `prepare` before the starting weights come, `attach` once they are there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from model.quantise import quantise_linears, shape_like_quantised
+from model.visual_chat import VisualChatModel
+
+NAME = "default"  # peft's name for an adapter without one; it is in no file
+PARTS = ("llm", "qformer", "projection", "vision")
+
+
+class Adapter(Protocol):
+    def prepare(self, model: VisualChatModel, *, device: torch.device) -> None:
+        """Before the weights come: says how they are to be stored."""
+        ...
+
+    def attach(self, model: VisualChatModel, *, device: torch.device) -> None:
+        """After the weights came: what is trained on top of them."""
+        ...
+
+
+class NoAdapter:
+    """The language model stays as it is; Q-Former and projection may train."""
+
+    def prepare(self, model: VisualChatModel, *, device: torch.device) -> None: ...
+
+    def attach(self, model: VisualChatModel, *, device: torch.device) -> None:
+        refuse_empty(model)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Low-rank updates W x + (alpha / rank) B A x (arXiv 2106.09685), through peft.
+
+    Args:
+        rank: of every update.
+        alpha: None is twice the rank.  VisualGLM's own has alpha 1, a tenth of the update at rank 10.
+        dropout: on what goes into A.
+        target_modules: names of linear maps of the language model; None is all of its blocks (`llm.lora_targets`),
+            as QLoRA's paper found it needs (arXiv 2305.14314 section 4).  The output head only if it is named.
+        layer_range: [a, b): blocks a to b - 1 of the language model; None is all of them.
+        rslora: scale by alpha / sqrt(rank) (arXiv 2312.03732).
+        dora: magnitude and direction apart (arXiv 2402.09353); not under ZeRO-3.
+        parts: where adapters sit: llm, qformer, projection, vision.  What has one is frozen but for it; Q-Former,
+            projection and encoder get theirs on every linear map.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    target_modules: Sequence[str] | None = None
+    layer_range: Sequence[int] | None = None
+    rslora: bool = False
+    dora: bool = False
+    parts: Sequence[str] = ("llm",)
+
+    quantised: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"model.adapter.rank is {self.rank}; it has to be 1 or more")
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown or not self.parts:
+            raise ValueError(f"model.adapter.parts is {list(self.parts)}; it can hold {', '.join(PARTS)}")
+        if self.layer_range is not None and len(self.layer_range) != 2:
+            raise ValueError(
+                f"model.adapter.layer_range is {list(self.layer_range)}; it is two numbers [a, b): blocks a to b - 1"
+            )
+
+    def prepare(self, model: VisualChatModel, *, device: torch.device) -> None: ...
+
+    def attach(self, model: VisualChatModel, *, device: torch.device) -> None:
+        refuse_empty(model)
+        if "llm" in self.parts:
+            inject(model.llm.network, self._llm_config(model))
+        if "qformer" in self.parts:
+            model.ln_vision.requires_grad_(False)
+            inject(model.qformer, self._config(linear_names(model.qformer)))
+        if "vision" in self.parts:
+            model.vision.get_submodule("network").requires_grad_(False)
+            inject(model.vision.get_submodule("network"), self._config(linear_names(model.vision)))
+            model.vision.frozen = False  # type: ignore[assignment]  # or it would build no graph
+        if "projection" in self.parts:  # peft replaces children, so it needs a parent
+            parent = nn.ModuleDict({"projection": model.projection})
+            inject(parent, self._config(["projection"]))
+            model.projection = parent["projection"]  # type: ignore[assignment]
+            model.adapted_projection = parent.peft_config  # type: ignore[assignment]
+
+    def _llm_config(self, model: VisualChatModel) -> Any:
+        llm = model.llm
+        names = {name.rsplit(".", 1)[-1] for name, module in llm.network.named_modules() if is_linear(module)}
+        targets = list(llm.lora_targets if self.target_modules is None else self.target_modules)
+        strangers = [target for target in targets if target.rsplit(".", 1)[-1] not in names]
+        if strangers or not targets:
+            raise ValueError(f"model.adapter.target_modules: no linear map is called {strangers}; {sorted(names)} are")
+        layers = None
+        if self.layer_range is not None:
+            first, end = self.layer_range
+            depth = _depth(llm.network, llm.layers_pattern)
+            if not 0 <= first < end <= depth:
+                raise ValueError(
+                    f"model.adapter.layer_range is [{first}, {end}); the language model has blocks 0 to {depth - 1}: "
+                    f"[a, b) means a to b - 1, 0 <= a < b <= {depth}"
+                )
+            layers = list(range(first, end))
+        return self._config(targets, layers_to_transform=layers, layers_pattern=layers and llm.layers_pattern)
+
+    def _config(self, targets: Sequence[str], **more: Any) -> Any:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
+            lora_dropout=self.dropout,
+            target_modules=list(targets),
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+            bias="none",
+            **more,
+        )
+
+
+@dataclass(frozen=True)
+class QLora(Lora):
+    """LoRA on a language model whose blocks are stored in 4 bits, NF4 (arXiv 2305.14314); on CUDA and on a CPU.
+
+    Each map is quantised as its weights arrive (`model.llm.device=meta`, `initial_std=null`), or one after the other
+    where they are there already: the GPU never holds more than one of them in 16 bits.  Encoder, Q-Former, projection,
+    embeddings and output head stay as they are.
+
+    Args:
+        double_quantisation: the scales in 8 bits (0.37 bits less for each weight).
+    """
+
+    double_quantisation: bool = True
+
+    quantised: ClassVar[bool] = True
+
+    def prepare(self, model: VisualChatModel, *, device: torch.device) -> None:
+        shape_like_quantised(
+            model.llm.network, model.llm.lora_targets, device=device, double_quantisation=self.double_quantisation
+        )
+
+    def attach(self, model: VisualChatModel, *, device: torch.device) -> None:
+        quantise_linears(
+            model.llm.network, model.llm.lora_targets, device=device, double_quantisation=self.double_quantisation
+        )
+        super().attach(model, device=device)
+
+
+def inject(root: nn.Module, config: Any) -> None:
+    """peft's layers around the linear maps that `config` names; everything else of `root` is frozen."""
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(config, root, adapter_name=NAME)
+    found = [parameter for name, parameter in root.named_parameters() if parameter.requires_grad]
+    assert found, f"no adapter was put anywhere: {config.target_modules}"
+    for parameter in found:  # peft takes the dtype of the frozen weight; what trains is fp32 (train/engine.py)
+        parameter.data = parameter.data.float()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """4-bit ones included, which are a subclass."""
+    return isinstance(module, nn.Linear)
+
+
+def linear_names(root: nn.Module) -> list[str]:
+    """The last words of the names of all linear maps."""
+    return sorted({name.rsplit(".", 1)[-1] for name, module in root.named_modules() if is_linear(module)})
+
+
+def refuse_empty(model: nn.Module) -> None:
+    """Weights on the meta device that no checkpoint filled."""
+    empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} tensors were built without memory and came from no checkpoint (first: {empty[0]}): name one "
+            f"in model.weights, or build the language model with device=cpu"
+        )
+
+
+def _depth(network: nn.Module, pattern: str) -> int:
+    """How many blocks there are."""
+    numbers = set()
+    for name, _ in network.named_modules():
+        words = name.split(".")
+        if pattern in words[:-1] and words[words.index(pattern) + 1].isdigit():
+            numbers.add(int(words[words.index(pattern) + 1]))
+    return max(numbers, default=-1) + 1

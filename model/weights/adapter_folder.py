@@ -1,0 +1,175 @@
+"""A trained adapter as a folder that peft reads, with everything else that trained beside it.
+
+adapter/adapter_config.json, adapter_model.safetensors   on the language model: peft's own layout
+        qformer/, projection/, vision/                   the same, where adapters sit there too
+        trained.safetensors                              every other trained tensor, whole, under this project's names
+        queqiao.json                                     base model, template, row order, and which of these are there
+
+The language model's adapter has the names and rows of its family's Hugging Face folder, so
+`PeftModel.from_pretrained(language_model, folder)` works without this project.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model.adapter import NAME, inject
+from model.visual_chat import VisualChatModel
+from model.weights.checkpoint import open_file
+from model.weights.filling import LoadReport, Part, fill
+
+WEIGHTS, CONFIG, TRAINED, ABOUT = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "trained.safetensors",
+    "queqiao.json",
+)
+_PEFT = "base_model.model."  # what a PeftModel puts before the names of what it wraps
+_ROOTS = {"llm": "llm.network", "qformer": "qformer", "vision": "vision.network"}
+
+
+def save(model: VisualChatModel, trained: Mapping[str, Tensor], folder: Path, *, base_model: str | None = None) -> Path:
+    """Writes the folder.
+
+    Args:
+        model: with its adapters; only names are looked at, so its weights may be divided among ranks.
+        trained: every trained tensor by the model's names, as `weights.safetensors` of a checkpoint has them.
+        base_model: what the adapter belongs on, a path or a name; it is only recorded.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    left = dict(trained)
+    parts = {}
+    for part, config in adapted(model).items():
+        prefix = "" if part == "projection" else f"{_ROOTS[part]}."
+        own = {name.removeprefix(prefix): left.pop(name) for name in list(left) if _belongs(name, prefix, part)}
+        place = folder if part == "llm" else folder / part
+        _save_peft(model, part, config, own, place, base_model)
+        parts[part] = "." if part == "llm" else part
+    if left:
+        save_file({name: tensor.contiguous() for name, tensor in left.items()}, folder / TRAINED)
+    codec = model.llm.codec
+    about = {
+        "format": 1,
+        "base_model": base_model,
+        "language_model": type(model.llm).__name__,
+        "template": None if codec is None else type(codec).__name__,
+        "num_image_tokens": None if codec is None else codec.num_image_tokens,
+        "qkv_order": qkv_order(model),
+        "quantised": "nf4" if getattr(model.llm.network, "is_loaded_in_4bit", False) else None,
+        "adapters": parts,
+        "trained": {"file": TRAINED, "parts": sorted({name.split(".")[0] for name in left})} if left else None,
+    }
+    (folder / ABOUT).write_text(json.dumps(about, indent=1, ensure_ascii=False), "utf-8")
+    return folder
+
+
+def load(model: VisualChatModel, folder: Path) -> LoadReport:
+    """Puts a saved adapter on the model, whole tensors included, to go on training or to answer with.
+
+    Args:
+        folder: from `save`, or any of peft's that was made for the bare language model.
+    Raises:
+        ValueError: no adapter there, one for other rows, names or shapes.
+    """
+    about = read_about(folder)
+    told = about.get("qkv_order")
+    if told is not None and told != qkv_order(model):
+        raise ValueError(f"{folder} was made for query-key-value rows {told!r}, this model has {qkv_order(model)!r}")
+    report = LoadReport(str(folder))
+    for part, place in about["adapters"].items():
+        _load_peft(model, part, folder / place, report)
+    if about.get("trained"):
+        checkpoint = open_file(folder / about["trained"]["file"])
+        names = [name for name, _ in model.named_parameters()]
+        strangers = sorted(set(checkpoint.shapes) - set(names))
+        if strangers:
+            raise ValueError(f"{folder}: {len(strangers)} tensors are not in this model (first: {strangers[0]})")
+        whole = fill(model, checkpoint, [Part(n, (n,), n.split(".")[0]) for n in names if n in checkpoint.shapes])
+        report.loaded |= whole.loaded
+    return report
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """`queqiao.json`; of a folder that peft alone wrote, what it says as well."""
+    if (folder / ABOUT).is_file():
+        about: dict[str, Any] = json.loads((folder / ABOUT).read_text("utf-8"))
+        return about
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} holds no adapter: there is neither {ABOUT} nor {CONFIG}")
+    return {"adapters": {"llm": "."}}
+
+
+def adapted(model: VisualChatModel) -> dict[str, Any]:
+    """part -> peft's config of the adapter that sits there"""
+    found = {part: getattr(model.get_submodule(root), "peft_config", None) for part, root in _ROOTS.items()}
+    found["projection"] = getattr(model, "adapted_projection", None)
+    return {part: configs[NAME] for part, configs in found.items() if configs}
+
+
+def qkv_order(model: VisualChatModel) -> str:
+    """`per_head` where query, key and value share one map (ChatGLM-6B), `separate` where each has its own."""
+    joint = any(name.endswith("query_key_value") for name, _ in model.llm.network.named_modules())
+    return "per_head" if joint else "separate"
+
+
+def _belongs(name: str, prefix: str, part: str) -> bool:
+    return "lora_" in name and name.startswith("projection." if part == "projection" else prefix)
+
+
+def _save_peft(
+    model: VisualChatModel, part: str, config: Any, own: dict[str, Tensor], place: Path, base_model: str | None
+) -> None:
+    from peft.utils import get_peft_model_state_dict
+
+    place.mkdir(exist_ok=True)
+    tensors = get_peft_model_state_dict(_root(model, part, config), own, NAME, save_embedding_layers=False)
+    assert len(tensors) == len(own) > 0, f"{part}: {len(own)} adapter tensors, peft names {len(tensors)}"
+    save_file({_PEFT + name: t.contiguous() for name, t in tensors.items()}, place / WEIGHTS, {"format": "pt"})
+    before = config.base_model_name_or_path, config.inference_mode
+    config.base_model_name_or_path, config.inference_mode = base_model, True
+    config.save_pretrained(str(place))
+    config.base_model_name_or_path, config.inference_mode = before
+
+
+def _load_peft(model: VisualChatModel, part: str, place: Path, report: LoadReport) -> None:
+    from peft import LoraConfig
+    from peft.utils import set_peft_model_state_dict
+
+    config = LoraConfig.from_pretrained(str(place))
+    config.inference_mode = False
+    if part not in adapted(model):
+        if part == "projection":
+            parent = nn.ModuleDict({"projection": model.projection})
+            inject(parent, config)
+            model.projection = parent["projection"]  # type: ignore[assignment]
+            model.adapted_projection = parent.peft_config  # type: ignore[assignment]
+        else:
+            inject(model.get_submodule(_ROOTS[part]), config)
+    tensors = load_file(place / WEIGHTS)
+    plain = {name.removeprefix(_PEFT): tensor for name, tensor in tensors.items()}
+    try:
+        outcome = set_peft_model_state_dict(_root(model, part, config), plain, NAME)
+    except RuntimeError as error:
+        raise ValueError(f"{place} does not fit this model's {part}: {error}") from error
+    missing = [name for name in outcome.missing_keys if "lora_" in name]
+    if missing or outcome.unexpected_keys:
+        raise ValueError(
+            f"{place} does not fit this model's {part}: {len(missing)} tensors are missing ({missing[:2]}), "
+            f"{len(outcome.unexpected_keys)} are not known ({list(outcome.unexpected_keys)[:2]})"
+        )
+    report.loaded |= {f"{part}: {name}": tensor.numel() for name, tensor in plain.items()}
+
+
+def _root(model: VisualChatModel, part: str, config: Any) -> nn.Module:
+    """What peft was given, or for the projection something that looks like it."""
+    if part != "projection":
+        return model.get_submodule(_ROOTS[part])
+    parent = nn.ModuleDict({"projection": model.projection})
+    parent.peft_config = {NAME: config}  # type: ignore[assignment]
+    return parent
