@@ -95,7 +95,10 @@ def fill(model: nn.Module, checkpoint: Checkpoint, parts: Iterable[Part], *, mus
         source = checkpoint.first_of(part.sources)
         assert source is not None
         used.update(name for name in part.sources if name in checkpoint.shapes)  # a tied copy is no leftover
-        _copy(targets[part.target], part, checkpoint, source, report)
+        if targets[part.target].is_meta:
+            _arrive(model, part, targets[part.target], checkpoint, source, report)
+        else:
+            _copy(targets[part.target], part, checkpoint, source, report)
     touched = {_whole(name) for name in report.loaded}
     report.new.update({name: p.numel() for name, p in targets.items() if name not in touched})
     report.ignored = {name: _size(shape) for name, shape in checkpoint.shapes.items() if name not in used}
@@ -148,6 +151,29 @@ def _copy(target: nn.Parameter, part: Part, checkpoint: Checkpoint, source: str,
     if part.target_rows is not None:
         name = f"{name} rows {part.target_rows[0]} to {part.target_rows[1] - 1}"
     report.loaded[name] = destination.numel()
+
+
+def _arrive(
+    model: nn.Module, part: Part, target: nn.Parameter, checkpoint: Checkpoint, source: str, report: LoadReport
+) -> None:
+    """A parameter that was built without memory gets the tensor itself; a quantised map (model/quantise.py) takes it in
+    4 bits, so that the whole of it is never there at once."""
+    shape = checkpoint.shapes[source]
+    assert part.target_rows is None and part.source_rows is None and not part.grow, part
+    if tuple(target.shape) != shape:
+        raise ValueError(
+            f"{part.target} is {list(target.shape)} in the model, {source} is {list(shape)} in {checkpoint.path}: they "
+            f"do not fit"
+        )
+    owner, _, name = part.target.rpartition(".")
+    module, tensor = model.get_submodule(owner), checkpoint.read(source)
+    receive = getattr(module, "receive", None)
+    if receive is not None:
+        receive(name, tensor)
+    else:
+        whole = tensor.to(target.dtype, copy=True)
+        setattr(module, name, nn.Parameter(whole, requires_grad=target.requires_grad))
+    report.loaded[part.target] = target.numel()
 
 
 def _whole(name: str) -> str:
