@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.weights import visualglm
+from model.weights import sat_lora, visualglm
 from model.weights.checkpoint import Checkpoint, from_tensors
 from model.weights.filling import LoadReport
 from model.weights.visualglm import Entry, QkvOrder
@@ -25,7 +25,6 @@ from model.weights.visualglm import Entry, QkvOrder
 IMAGE_PREFIX, HEAD = "mixins.eva.model.", "mixins.chatglm-final.lm_head.weight"
 INV_FREQ = "mixins.chatglm-attn.rotary_emb.inv_freq"
 PAD_ID = 3  # what SAT's ChatGLM has meant since its checkpoints name it; older ones do not
-_LEFT_BY_LORA = ("matrix_A", "matrix_B")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -94,8 +93,10 @@ def sizes(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
-def open_folder(folder: Path) -> Checkpoint:
+def open_folder(folder: Path, *, leave_lora: bool = False) -> Checkpoint:
     """The tensors of the newest checkpoint in `folder`, under SAT's names, paged in one by one.
+
+    `leave_lora` gives the base of a checkpoint that holds a LoRA; the LoRA is `sat_lora`'s.
 
     Raises:
         ValueError: no checkpoint, something in it that is no plain data, or an adapter that is not merged.
@@ -108,13 +109,14 @@ def open_folder(folder: Path) -> Checkpoint:
     if [file.name for file in files] != ["mp_rank_00_model_states.pt"]:
         raise ValueError(f"{place} holds {[file.name for file in files]}; expected mp_rank_00_model_states.pt alone")
     tensors = read_module(files[0])
-    adapter = [name for name in tensors if any(part in name for part in _LEFT_BY_LORA)]
-    if adapter:
+    adapter = [name for name in tensors if any(mark in name for mark in sat_lora.MARKS)]
+    if adapter and not leave_lora:
         raise ValueError(
-            f"{files[0]} holds a LoRA that is not merged ({len(adapter)} tensors, first: {adapter[0]}): convert it as an "
-            f"adapter, or merge it"
+            f"{files[0]} holds a LoRA that is not merged ({len(adapter)} tensors, first: {adapter[0]}): convert it as "
+            f"an adapter, or merge it"
         )
-    return from_tensors(tensors, str(files[0]))
+    checkpoint = from_tensors(tensors, str(files[0]))
+    return sat_lora.base_of(checkpoint) if adapter else checkpoint
 
 
 def read_module(file: Path) -> dict[str, Tensor]:
@@ -124,8 +126,8 @@ def read_module(file: Path) -> dict[str, Tensor]:
             loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{file} holds more than weights and random states, which could be a program, or is damaged; it is not read "
-            f"({str(error).splitlines()[0]})"
+            f"{file} holds more than weights and random states, which could be a program, or is damaged; it is not "
+            f"read ({str(error).splitlines()[0]})"
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{file} is no readable torch file, perhaps cut short ({error})") from error
@@ -135,15 +137,23 @@ def read_module(file: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.items() if isinstance(tensor, Tensor)}
 
 
-def load(model: nn.Module, folder: Path, *, qkv_order: QkvOrder | None, reference: Tensor | None = None) -> LoadReport:
+def load(
+    model: nn.Module,
+    folder: Path,
+    *,
+    qkv_order: QkvOrder | None,
+    reference: Tensor | None = None,
+    leave_lora: bool = False,
+) -> LoadReport:
     """Fills stage two's model.
 
     Args:
+        leave_lora: see `open_folder`.
         qkv_order, reference: see `visualglm.resolve_order`.
     Raises:
         ValueError: see `visualglm.load`, `open_folder`.
     """
-    checkpoint = open_folder(folder)
+    checkpoint = open_folder(folder, leave_lora=leave_lora)
     num_heads: Any = getattr(model, "llm").num_heads  # noqa: B009 - nn.Module's attributes have no type
     order = visualglm.resolve_order(checkpoint, qkv_order, num_heads=num_heads, reference=reference)
     return visualglm.load(model, checkpoint, table(model), order)

@@ -23,7 +23,7 @@ def initialise(
     visualglm: str | None = None,
     qkv_order: QkvOrder | None = None,
 ) -> LoadReport:
-    """Fill stage two's model, built and on the CPU, before it is handed to the engine.  Later ones replace earlier ones.
+    """Fill stage two's model, built and on the CPU, before it is handed to the engine.  Later ones replace earlier.
 
     Args:
         all, vision, qformer: BLIP-2 of LAVIS or transformers, as in stage one (`model.weights.initialise`).

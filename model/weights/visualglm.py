@@ -1,8 +1,8 @@
 """VisualGLM's tensors under our names and back: one table, for SAT's files and for the Hugging Face folder.
 
-Both keep the image encoder and the Q-Former as SAT names them (`visualglm.md` 2.7, 2.8, 2.10).  SAT's Q-Former hangs the
-norm after a feed-forward on the next layer's input.  The language model's joint query-key-value rows come in blocks or
-head by head, which no file says: `qkv_order` has to, or a tensor known from elsewhere.
+Both keep the image encoder and the Q-Former as SAT names them (`visualglm.md` 2.7, 2.8, 2.10).  SAT's Q-Former hangs
+the norm after a feed-forward on the next layer's input.  The language model's joint query-key-value rows come in blocks
+or head by head, which no file says: `qkv_order` has to, or a tensor known from elsewhere.
 """
 
 from __future__ import annotations
@@ -232,6 +232,6 @@ def _check_depths(model: nn.Module, checkpoint: Checkpoint, table: list[Entry]) 
     deeper = [name for name in deeper if "lora" not in name and "matrix_" not in name and "inv_freq" not in name]
     if deeper:
         raise ValueError(
-            f"{checkpoint.path} has layers that this model does not: {len(deeper)} tensors (first: {sorted(deeper)[0]}). "
-            f"Set the depths of model.vision, model.qformer and model.llm as its config has them"
+            f"{checkpoint.path} has layers that this model does not: {len(deeper)} tensors (first: {min(deeper)}). Set "
+            f"the depths of model.vision, model.qformer and model.llm as its config has them"
         )

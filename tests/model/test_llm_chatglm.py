@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.batch import IGNORED, Dialogue, Turn
 from model.llm import sat_network
-from model.llm.chatglm import SPECIAL, ChatGLM, ChatGLMCodec, positions, prefix_mask
+from model.llm.chatglm import SPECIAL, ChatGLM, ChatGLMCodec, positions, prefix_mask, rotation
 from model.llm.pieces import train_pieces as train_pieces_of
 from model.weights.rows import head_by_head
 from tests.model.llm_common import codec_of, small_chatglm, train_pieces
@@ -290,13 +290,26 @@ def test_an_answer_ends_at_eop_and_padding_follows(pieces: Path) -> None:
     assert found.tolist() == expected
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_angles_are_positions_times_frequencies_of_the_precision_it_was_trained_in(dtype: torch.dtype) -> None:
+    place_block = torch.tensor([[[0, 1, 500, 900], [0, 0, 3, 7]]])
+    frequency = (1.0 / 10000 ** (torch.arange(0, 8, 2).float() / 8)).to(dtype).double()
+    expected = torch.stack([place_block[0, kind, :, None] * frequency for kind in (0, 1)], dim=1)
+    cos, sin = rotation(place_block, 16, dtype, torch.float32)
+    torch.testing.assert_close(cos[0, :, 0], torch.cat([expected] * 2, -1).cos().float(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(sin[0, :, 0], torch.cat([expected] * 2, -1).sin().float(), atol=1e-4, rtol=0)
+
+
 def test_activations_recomputed_give_the_same_gradient(pieces: Path) -> None:
     ids_BL, mask_BL = rows_of_ids()
     gradients = []
     for recompute in (False, True):
         llm = small_chatglm(pieces, checkpoint_activations=recompute).train()
+        calls: list[int] = []
+        llm.layers[1].mlp.dense_h_to_4h.register_forward_hook(lambda *_, c=calls: c.append(1))  # type: ignore[union-attr, operator]
         llm.hidden(llm.embed(ids_BL), ids_BL, mask_BL)[mask_BL].sum().backward()
         gradients.append(llm.network.get_parameter("transformer.layers.0.mlp.dense_h_to_4h.weight").grad)
+        assert len(calls) == 1 + recompute
     assert torch.equal(*gradients) and gradients[0].abs().max() > 0  # type: ignore[arg-type]
 
 
@@ -306,6 +319,13 @@ def test_full_size_on_the_meta_device() -> None:
     )
     assert sum(parameter.numel() for parameter in network.parameters()) == 6_707_929_088
     assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
+
+
+def test_a_small_vocabulary_is_on_the_device_too() -> None:
+    """SAT makes its embedding in another way below 1000 words, on the CPU and filled."""
+    sizes = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "inner_size": 16, "vocab_size": 99}
+    network = sat_network.build(**sizes, device="meta", dtype=torch.bfloat16)  # type: ignore[arg-type]
+    assert {(p.device.type, p.dtype) for p in network.parameters()} == {("meta", torch.bfloat16)}
 
 
 def test_building_leaves_no_trace() -> None:
@@ -359,8 +379,41 @@ def test_a_tokenizer_of_ones_own(tmp_path: Path, codec: ChatGLMCodec) -> None:
     assert {role: made.ids[role] for role in ("pad", "bos", "gmask")} == {"pad": 3, "bos": SOP - 1, "gmask": GMASK}
     for text in (*texts, "答：Describe\n\n红色 的    圆"):
         assert made.decode([*made.pieces.encode(text), *made.stop_ids]) == text
+    blank = codec.pieces.id_of("<|blank_2|>")
+    assert blank in codec.pieces.encode("a  b") and blank not in codec.pieces.encode("a b")
     assert codec.pieces.encode("\n") == codec.pieces.encode("<n>") and len(codec.pieces.encode("a\tb")) < 6
 
 
 def pieces_of_text(texts: list[str], path: Path) -> Path:
     return train_pieces_of(texts, path, vocab_size=80, special=SPECIAL.values())
+
+
+def test_peft_wraps_it_in_place_and_reads_what_it_saved(pieces: Path, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from safetensors.torch import load_file
+
+    ids_BL, mask_BL = rows_of_ids()
+
+    def logits(llm: ChatGLM) -> Tensor:
+        return llm.logits(llm.hidden(llm.embed(ids_BL), ids_BL, mask_BL))[mask_BL]
+
+    llm = small_chatglm(pieces)
+    before = logits(llm)
+    config = LoraConfig(r=2, target_modules=list(llm.lora_targets), layers_to_transform=[0, 2], layers_pattern="layers")
+    wrapped = get_peft_model(llm.network, config)  # type: ignore[arg-type]
+    torch.testing.assert_close(logits(llm), before)
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    expected = logits(llm)
+    assert (expected - before).abs().max() > 0.1
+    wrapped.save_pretrained(str(tmp_path))
+
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    place = "base_model.model.transformer.layers.{}.attention.query_key_value.lora_B.weight"
+    assert {place.format(0), place.format(2)} <= stored.keys() and place.format(1) not in stored
+    again = small_chatglm(pieces)
+    PeftModel.from_pretrained(again.network, str(tmp_path))  # type: ignore[arg-type]
+    torch.testing.assert_close(logits(again), expected)
+    wrapped.merge_and_unload()
+    torch.testing.assert_close(logits(llm), expected, atol=1e-3, rtol=1e-3)
