@@ -81,7 +81,7 @@ def write(adapter: Adapter, folder: Path, *, base: str) -> Path:
 
     config = LoraConfig(
         r=adapter.rank,
-        lora_alpha=adapter.alpha,  # type: ignore[arg-type]
+        lora_alpha=adapter.alpha,
         rank_pattern={"query_key_value": 3 * adapter.rank},
         alpha_pattern={"query_key_value": 3 * adapter.alpha},
         target_modules=sorted({name.split(".")[-3] for name in adapter.tensors}),
