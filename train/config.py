@@ -100,6 +100,7 @@ class TrainConfig:
     log_every: int = key(50, "steps between lines of metrics.jsonl", least=1)
     save_every: int = key(5000, "steps between checkpoints; one is always saved at the end", least=1)
     eval_every: int = key(5000, "steps between evaluations; 0 evaluates never, otherwise at the end too", least=0)
+    eval_first: bool = key(False, "evaluate before the first step too: a table of before and after stands at the end")
     keep_checkpoints: int = key(3, "newest complete checkpoints that are kept; 0 keeps all", least=0)
     precision: str = key(
         "auto",

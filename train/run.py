@@ -109,6 +109,7 @@ def train(
         log_every=config.train.log_every,
         save_every=config.train.save_every,
         eval_every=config.train.eval_every if evaluators else 0,
+        eval_first=config.train.eval_first,
         flops_per_sample=flops_per_sample,
     )
     try:
@@ -196,7 +197,7 @@ def make_engine(config: DictConfig, run: Run, stage: nn.Module, precision: str) 
         part_lr=dict(optim.part_lr),
     )
     run.say("\n" + _trained_table(stage, precision) + "\n\n" + groups_table(groups))
-    run.say(_batch_line(config, ranks, device, precision))
+    run.say(_batch_line(config, ranks, device, precision, contrastive=hasattr(stage.objectives, "itc")))
     return Engine(
         stage,
         groups,
@@ -241,25 +242,39 @@ def _trained_table(stage: nn.Module, precision: str) -> str:
     """Which parts train, how large they are, and how they are stored."""
     parts: dict[str, list[nn.Parameter]] = {}
     for name, parameter in stage.named_parameters():
-        parts.setdefault(".".join(name.split(".")[:2]), []).append(parameter)
+        part = name.removeprefix("model.").split(".")[0] + (", adapter" if ".lora_" in name else "")
+        parts.setdefault(part, []).append(parameter)
     rows = [("part", "trained", "frozen", "stored as", "computed in")]
     for part, parameters in parts.items():
-        trained = sum(p.numel() for p in parameters if p.requires_grad)
-        frozen = sum(p.numel() for p in parameters if not p.requires_grad)
-        stored = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
-        rows.append((part.removeprefix("model."), f"{trained:,}", f"{frozen:,}", " and ".join(stored), precision))
+        trained = sum(_numel(p) for p in parameters if p.requires_grad)
+        frozen = sum(_numel(p) for p in parameters if not p.requires_grad)
+        stored = sorted({_stored_as(p) for p in parameters})
+        rows.append((part, f"{trained:,}", f"{frozen:,}", " and ".join(stored), precision))
     everything = [p for parameters in parts.values() for p in parameters]
-    trained = sum(p.numel() for p in everything if p.requires_grad)
-    rows.append(("all", f"{trained:,}", f"{sum(p.numel() for p in everything) - trained:,}", "", ""))
+    trained = sum(_numel(p) for p in everything if p.requires_grad)
+    rows.append(("all", f"{trained:,}", f"{sum(map(_numel, everything)) - trained:,}", "", ""))
     return format_table(rows)
 
 
-def _batch_line(config: DictConfig, ranks: Ranks, device: torch.device, precision: str) -> str:
+def _numel(parameter: nn.Parameter) -> int:
+    """Weights, also where two of them share a byte."""
+    quantised = getattr(parameter, "quant_state", None)
+    return parameter.numel() if quantised is None else torch.Size(quantised.shape).numel()
+
+
+def _stored_as(parameter: nn.Parameter) -> str:
+    quantised = getattr(parameter, "quant_state", None)
+    return str(parameter.dtype).removeprefix("torch.") if quantised is None else str(quantised.quant_type)
+
+
+def _batch_line(
+    config: DictConfig, ranks: Ranks, device: torch.device, precision: str, *, contrastive: bool
+) -> str:
     size, accumulate = config.train.global_batch_size, config.train.accumulate
+    told = f"; contrastive batch {size // accumulate} (global batch / train.accumulate)" if contrastive else ""
     return (
         f"\nglobal batch {size} = {ranks.count} rank(s) x {accumulate} micro-step(s) x "
-        f"{size // accumulate // ranks.count}"
-        f"; contrastive batch {size // accumulate} (global batch / train.accumulate)\n"
+        f"{size // accumulate // ranks.count}{told}\n"
         f"{device.type}, {precision}, ZeRO-{config.train.engine.zero_stage}"
         f"{' with offload' if config.train.engine.offload else ''}; steps {config.train.steps}"
     )

@@ -52,6 +52,7 @@ class Trainer:
         log_every: int,
         save_every: int,
         eval_every: int,
+        eval_first: bool = False,
         flops_per_sample: Callable[[Any], float] | None = None,
     ) -> None:
         self.engine, self.loader, self.ranks, self.tracker = engine, loader, ranks, tracker
@@ -59,6 +60,7 @@ class Trainer:
         self.checkpoint_state, self.config_yaml = dict(checkpoint_state), config_yaml
         self.steps, self.global_batch_size = steps, global_batch_size
         self.log_every, self.save_every, self.eval_every = log_every, save_every, eval_every
+        self.eval_first = eval_first
         self.device, self.flops_per_sample = engine.device, flops_per_sample
         self._finite = torch.ones((), device=self.device, dtype=torch.bool)
         self._skips = 0
@@ -66,6 +68,8 @@ class Trainer:
     def fit(self, first_step: int) -> int:
         """Trains until `steps` or a signal; returns how many steps are done."""
         done = first_step
+        if self.eval_first and first_step == 0:
+            self._evaluate(0)
         self._restart_clock(first_step)
         with StopOnSignal() as stop:
             batches = self._timed(self.loader.steps(first_step))
