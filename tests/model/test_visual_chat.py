@@ -73,9 +73,8 @@ def test_logits_are_those_of_each_row_alone_where_it_has_labels(model: VisualCha
 def test_rows_are_told_apart_where_labels_come_early(model: VisualChatModel) -> None:
     batch = batch_of(model, [Dialogue((Turn("Q", "a"),), "en")] * 60)
     per_row = int((batch.labels_BL[0] != IGNORED).sum())
-    assert batch.text_length < 20 and model.predict(batch).row_T.tolist() == [
-        r for r in range(60) for _ in range(per_row)
-    ]
+    assert batch.text_length < 20
+    assert model.predict(batch).row_T.tolist() == [row for row in range(60) for _ in range(per_row)]
 
 
 def test_what_a_row_says_depends_on_its_own_picture_alone(model: VisualChatModel) -> None:
