@@ -146,8 +146,8 @@ def glm_config(
 
     if num_heads % num_kv_heads or head_size % 4:
         raise ValueError(
-            f"model.llm: {num_heads} heads share {num_kv_heads} keys and values (num_kv_heads has to divide num_heads); "
-            f"half of head_size {head_size} turns in pairs (a multiple of 4)"
+            f"model.llm.num_kv_heads={num_kv_heads} has to divide num_heads={num_heads}, and head_size={head_size} has "
+            f"to be a multiple of 4: half of it turns, in pairs"
         )
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": rope_base, "partial_rotary_factor": ROTATED}
     if rope_interpolation != 1.0:
@@ -196,7 +196,7 @@ def glm(
         raise ValueError(
             f"the tokenizer has ids up to {codec.num_ids - 1}, model.llm.vocab_size is {sizes['vocab_size']}"
         )
-    config = glm_config(**sizes, **({} if initial_std is None else {"initial_std": initial_std}))
+    config = glm_config(**sizes, initial_std=initial_std or 0.0)
     with torch.device(device), no_init_weights() if initial_std is None else nullcontext():
         network = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     return Glm(network.requires_grad_(not frozen).eval(), codec=codec, checkpoint_activations=checkpoint_activations)

@@ -84,8 +84,10 @@ class GLM4Codec(RoleCodec):
                 raise ValueError(f"{pieces.path} has no token {name}: it is not the tokenizer of GLM-4")
             special[role] = found
         before, after = (pieces.id_of(name) for name in IMAGE_MARKS)
-        native = before is not None and after is not None
-        marks = ([before], [after]) if native else tuple(pieces.encode(text) for text in IMAGE_TEXT)
+        if before is not None and after is not None:
+            marks = [before], [after]
+        else:
+            marks = pieces.encode(IMAGE_TEXT[0]), pieces.encode(IMAGE_TEXT[1])
         self.end_id = special["user"]
         super().__init__(
             pieces,
@@ -122,7 +124,8 @@ def glm4(
 
     Args:
         tokenizer: `tokenizer.json` or its folder; without one there is a network, and nobody to talk to.
-        rope_ratio: as in config.json: 1 in glm-4-9b, 500 in glm-4-9b-chat (rope_theta 10000 times that in the -hf folders).
+        rope_ratio: as in config.json: 1 in glm-4-9b, 500 in glm-4-9b-chat; rope_theta of the -hf folders is 10000 times
+            that.
         initial_std: see `model.llm.glm.glm`.
     """
     return glm(

@@ -104,8 +104,8 @@ class GlmCodec:
 class RoleCodec(GlmCodec):
     r"""[gMASK] <sop> <|user|> \n `pictures` question <|assistant|> \n answer <|user|> ... <|assistant|> \n answer `end`
 
-    The layout of ChatGLM3 and GLM-4.  The prompt ends at <|assistant|>: the line break, where a tool's name could stand,
-    is the model's to say.  Every answer is trained, with what ends it: the next <|user|>, or `end`.
+    The layout of ChatGLM3 and GLM-4.  The prompt ends at <|assistant|>: the line break, before which a tool's name may
+    stand, is the model's to say.  Every answer is trained, with what ends it: the next <|user|>, or `end`.
     """
 
     end_id: int
