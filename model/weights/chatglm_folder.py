@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from model.weights import visualglm
 from model.weights.checkpoint import open_folder, read_config
 from model.weights.filling import LoadReport
-from model.weights.visualglm import LANGUAGE_MODEL, Entry, QkvOrder
+from model.weights.visualglm import LANGUAGE_MODEL, Entry, QkvOrder, Shape
 
 IMAGE_PREFIX, HEAD = "image_encoder.", "lm_head.weight"
 _MAX_SHARD = "4GB"
@@ -84,4 +84,4 @@ def write(model: nn.Module, folder: Path, config: Mapping[str, Any], *, qkv_orde
 
 
 def table(model: nn.Module) -> list[Entry]:
-    return list(visualglm.entries(model, image_prefix=IMAGE_PREFIX, head=HEAD))
+    return list(visualglm.entries(Shape.of_model(model), image_prefix=IMAGE_PREFIX, head=HEAD))

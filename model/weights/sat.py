@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from model.weights import sat_lora, visualglm
 from model.weights.checkpoint import Checkpoint, from_tensors
 from model.weights.filling import LoadReport
-from model.weights.visualglm import Entry, QkvOrder
+from model.weights.visualglm import Entry, QkvOrder, Shape
 
 IMAGE_PREFIX, HEAD = "mixins.eva.model.", "mixins.chatglm-final.lm_head.weight"
 INV_FREQ = "mixins.chatglm-attn.rotary_emb.inv_freq"
@@ -189,7 +189,7 @@ def to_sat(model: nn.Module, qkv_order: QkvOrder) -> dict[str, Tensor]:
 
 
 def table(model: nn.Module) -> list[Entry]:
-    return list(visualglm.entries(model, image_prefix=IMAGE_PREFIX, head=HEAD))
+    return list(visualglm.entries(Shape.of_model(model), image_prefix=IMAGE_PREFIX, head=HEAD))
 
 
 def _numpy_random_state() -> list[Any]:

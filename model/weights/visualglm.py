@@ -7,6 +7,7 @@ or head by head, which no file says: `qkv_order` has to, or a tensor known from 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,20 +48,54 @@ class Entry:
         return tensor.reshape(-1, tensor.shape[-1]) if leading else tensor
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What the table depends on."""
+
+    vision_layers: int
+    looking: tuple[bool, ...]  # for each layer of the Q-Former, whether it looks at the image
+    llm_layers: int
+    num_heads: int  # of the language model
+
+    @classmethod
+    def of_model(cls, model: nn.Module) -> Shape:
+        layers = names.encoder_layers(model)
+        if not layers:
+            raise ValueError(
+                "VisualGLM's image encoder is the EVA-ViT (model/vision=eva_vit_g); this model has another one"
+            )
+        llm: Any = getattr(model, "llm")  # noqa: B009 - nn.Module's attributes have no type
+        looking = tuple(layer.cross_attention is not None for layer in names.qformer_layers(model))
+        return cls(len(layers), looking, len(llm.layers), llm.num_heads)
+
+    @classmethod
+    def of_checkpoint(cls, checkpoint: Checkpoint, image_prefix: str, num_heads: int) -> Shape:
+        def layers(prefix: str) -> set[int]:
+            found = (re.match(re.escape(prefix) + r"layers\.(\d+)\.", name) for name in checkpoint.shapes)
+            return {int(match[1]) for match in found if match}
+
+        qformer = f"{image_prefix}qformer.transformer."
+        looking = tuple(
+            f"{qformer}layers.{index}.cross_attention.query.weight" in checkpoint.shapes
+            for index in range(len(layers(qformer)))
+        )
+        return cls(len(layers(f"{image_prefix}vit.transformer.")), looking, len(layers("transformer.")), num_heads)
+
+
 _WITH_LEADING_ONE = ("class_embedding", "position_embedding", "query_tokens.tokens")  # (1, n, W) here, (n, W) there
 
 
-def entries(model: nn.Module, *, image_prefix: str, head: str) -> Iterator[Entry]:
-    """The table for this model's depth.
+def entries(shape: Shape, *, image_prefix: str, head: str) -> Iterator[Entry]:
+    """The table, always in the same order.
 
     Args:
         image_prefix: `mixins.eva.model.` in SAT's files, `image_encoder.` in Hugging Face's.
         head: the name of the output head there.
     """
-    yield from _vision(model, f"{image_prefix}vit.")
-    yield from _qformer(names.qformer_layers(model), f"{image_prefix}qformer.transformer.")
+    yield from _vision(shape.vision_layers, f"{image_prefix}vit.")
+    yield from _qformer(shape.looking, f"{image_prefix}qformer.transformer.")
     yield from _pair("projection", f"{image_prefix}glm_proj", PROJECTION)
-    yield from _language_model(model, head)
+    yield from _language_model(shape.llm_layers, shape.num_heads, head)
 
 
 def in_our_names(checkpoint: Checkpoint, table: list[Entry], model: nn.Module, order: QkvOrder) -> Checkpoint:
@@ -164,17 +199,13 @@ def _joint(ours: tuple[str, ...], theirs: str, block: str) -> Iterator[Entry]:
         yield Entry(f"{theirs}.{kind}", tuple(f"{name}.{kind}" for name in ours), block)
 
 
-def _vision(model: nn.Module, vit: str) -> Iterator[Entry]:
-    network, layers = "vision.network.", names.encoder_layers(model)
-    if not layers:
-        raise ValueError(
-            "VisualGLM's image encoder is the EVA-ViT (model/vision=eva_vit_g); this model has another one"
-        )
+def _vision(num_layers: int, vit: str) -> Iterator[Entry]:
+    network = "vision.network."
     words, places = f"{network}embeddings.class_embedding", f"{network}embeddings.position_embedding"
     yield Entry(f"{vit}transformer.word_embeddings.weight", (words,), ENCODER)
     yield Entry(f"{vit}transformer.position_embeddings.weight", (places,), ENCODER)
     yield from _pair(f"{network}embeddings.patch_embedding", f"{vit}mixins.patch_embedding.proj", ENCODER)
-    for index in range(len(layers)):
+    for index in range(num_layers):
         ours, theirs = f"{network}encoder.layers.{index}.", f"{vit}transformer.layers.{index}."
         for mine, name in (
             ("layer_norm1", "input_layernorm"),
@@ -188,16 +219,16 @@ def _vision(model: nn.Module, vit: str) -> Iterator[Entry]:
     yield from _pair("ln_vision", f"{vit}mixins.cls.ln_vision", LN_VISION)
 
 
-def _qformer(layers: Any, theirs: str) -> Iterator[Entry]:
+def _qformer(looking: tuple[bool, ...], theirs: str) -> Iterator[Entry]:
     yield Entry(f"{theirs}word_embeddings.weight", ("qformer.query_tokens.tokens",), QUERIES)
     yield from _pair("qformer.embedding_norm", f"{theirs}layers.0.input_layernorm", QUERIES)
-    for index in range(len(layers)):
+    for index, looks in enumerate(looking):
         ours, layer = f"qformer.layers.{index}.", f"{theirs}layers.{index}."
         attention = tuple(f"{ours}self_attention.{name}" for name in ("query", "key", "value"))
         yield from _joint(attention, f"{layer}attention.query_key_value", QUERIES)
         yield from _pair(f"{ours}self_attention.output.dense", f"{layer}attention.dense", QUERIES)
         yield from _pair(f"{ours}self_attention.output.norm", f"{layer}post_attention_layernorm", QUERIES)
-        if layers[index].cross_attention is not None:
+        if looks:
             cross, image = f"{ours}cross_attention.", f"{ours}cross_attention.image."
             yield from _pair(f"{cross}query", f"{layer}cross_attention.query", QUERIES)
             yield from _joint((f"{image}key", f"{image}value"), f"{layer}cross_attention.key_value", QUERIES)
@@ -205,20 +236,19 @@ def _qformer(layers: Any, theirs: str) -> Iterator[Entry]:
             yield from _pair(f"{cross}output.norm", f"{layer}post_cross_attention_layernorm", QUERIES)
         yield from _pair(f"{ours}query_feed_forward.dense", f"{layer}mlp.dense_h_to_4h", QUERIES)
         yield from _pair(f"{ours}query_feed_forward.output.dense", f"{layer}mlp.dense_4h_to_h", QUERIES)
-        after = f"layers.{index + 1}.input_layernorm" if index + 1 < len(layers) else "final_layernorm"
+        after = f"layers.{index + 1}.input_layernorm" if index + 1 < len(looking) else "final_layernorm"
         yield from _pair(f"{ours}query_feed_forward.output.norm", theirs + after, QUERIES)
 
 
-def _language_model(model: nn.Module, head: str) -> Iterator[Entry]:
-    llm: Any = getattr(model, "llm", None)
+def _language_model(num_layers: int, num_heads: int, head: str) -> Iterator[Entry]:
     ours = "llm.network."
     yield Entry("transformer.word_embeddings.weight", (f"{ours}transformer.word_embeddings.weight",), LANGUAGE_MODEL)
-    for index in range(len(llm.layers)):
+    for index in range(num_layers):
         layer = f"transformer.layers.{index}."
         for name in ("input_layernorm", "post_attention_layernorm", "attention.dense"):
             yield from _pair(ours + layer + name, layer + name, LANGUAGE_MODEL)
         joint = f"{layer}attention.query_key_value"
-        yield from _pair(ours + joint, joint, LANGUAGE_MODEL, num_heads=llm.num_heads)
+        yield from _pair(ours + joint, joint, LANGUAGE_MODEL, num_heads=num_heads)
         for name in ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"):
             yield from _pair(ours + layer + name, layer + name, LANGUAGE_MODEL)
     yield from _pair(f"{ours}transformer.final_layernorm", "transformer.final_layernorm", LANGUAGE_MODEL)
