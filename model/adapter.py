@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -32,6 +33,10 @@ class Adapter(Protocol):
         """After the weights came: what is trained on top of them."""
         ...
 
+    def check_zero3(self) -> None:
+        """Raises ValueError where ZeRO-3 cannot divide what this adapter makes."""
+        ...
+
 
 class NoAdapter:
     """The language model stays as it is; Q-Former and projection may train."""
@@ -40,6 +45,8 @@ class NoAdapter:
 
     def attach(self, model: VisualChatModel, *, device: torch.device) -> None:
         refuse_empty(model)
+
+    def check_zero3(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,8 @@ class Lora:
         dora: magnitude and direction apart (arXiv 2402.09353); not under ZeRO-3.
         parts: where adapters sit: llm, qformer, projection, vision.  What has one is frozen but for it; Q-Former,
             projection and encoder get theirs on every linear map.
+        start: folder of an adapter to go on from (`adapter/` of a run), of the same rank and places; what trained
+            beside it comes along.
     """
 
     rank: int = 8
@@ -67,8 +76,7 @@ class Lora:
     rslora: bool = False
     dora: bool = False
     parts: Sequence[str] = ("llm",)
-
-    quantised: ClassVar[bool] = False
+    start: str | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -99,6 +107,14 @@ class Lora:
             inject(parent, self._config(["projection"]))
             model.projection = parent["projection"]  # type: ignore[assignment]
             model.adapted_projection = parent.peft_config  # type: ignore[assignment]
+        if self.start is not None:
+            from model.weights.adapter_folder import load
+
+            load(model, Path(self.start).expanduser())
+
+    def check_zero3(self) -> None:
+        if self.dora:
+            raise ValueError("model.adapter.dora reads frozen weights whole: use train.engine.zero_stage 0, 1 or 2")
 
     def _llm_config(self, model: VisualChatModel) -> Any:
         llm = model.llm
@@ -148,11 +164,15 @@ class QLora(Lora):
 
     double_quantisation: bool = True
 
-    quantised: ClassVar[bool] = True
-
     def prepare(self, model: VisualChatModel, *, device: torch.device) -> None:
         shape_like_quantised(
             model.llm.network, model.llm.lora_targets, device=device, double_quantisation=self.double_quantisation
+        )
+
+    def check_zero3(self) -> None:
+        raise ValueError(
+            "model.adapter=qlora does not go with ZeRO-3, which divides weights but not the scales of their 4 bits: use "
+            "train.engine.zero_stage 0, 1 or 2"
         )
 
     def attach(self, model: VisualChatModel, *, device: torch.device) -> None:

@@ -1,0 +1,115 @@
+"""Stage two and domain fine-tuning: python finetune.py experiment=smoke_stage_two   (--help explains every key)"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from train.config import build, from_command_line, user_errors
+
+
+def main() -> None:
+    # A bad config ends here, before torch or any data is touched.
+    config = from_command_line("finetune")
+
+    from train.run import finish, start, train
+
+    with user_errors():
+        run = start(config)
+        nodes = config.data.source
+        sources = {n: build(node) for n, node in ({"source": nodes} if "_target_" in nodes else nodes).items()}
+        llm = build_llm(config, run, sources)
+        loader = build_loader(config, run, sources, llm.codec)
+        stage = build_stage(config, run, llm)
+        evaluators = [build(node, codec=llm.codec, name=name) for name, node in config.train.evaluator.items()]
+        done = train(config, run, stage, loader, evaluators)
+        write_results(config, run, stage.model, done)
+        finish()
+
+
+def build_llm(config: DictConfig, run: Any, sources: Any) -> Any:
+    """A language model from its sizes, or a small one that rank 0 warms up on the run's own dialogues (`_partial_`)."""
+    made = build(config.model.llm)
+    if not isinstance(made, partial):
+        if made.codec is None:
+            raise ValueError("model.llm has no tokenizer: set model.llm.tokenizer")
+        return made
+    from model.llm.warm_up import load
+
+    if run.ranks.is_first:
+        made(dialogues=some_dialogues(sources))
+    run.ranks.barrier()
+    return load(Path(made.keywords["folder"]))
+
+
+def some_dialogues(sources: Any, at_most: int = 2000) -> list[Any]:
+    """Texts of every source and language, evenly, without opening a picture."""
+    from data.source import BadSample
+
+    found = []
+    for source in sources.values():
+        for language in source.languages:
+            size = source.num_samples(language)
+            for index in range(0, size, max(1, size // at_most)):
+                try:
+                    found += source.dialogues(language, index)
+                except BadSample:
+                    continue
+    return found
+
+
+def build_loader(config: DictConfig, run: Any, sources: Any, codec: Any) -> Any:
+    return build(
+        config.data.loader,
+        sources=sources,
+        mixture=build(config.data.mixture),
+        transform=build(config.data.transform),
+        codec=codec,
+        global_batch_size=config.train.global_batch_size,
+        accumulate=config.train.accumulate,
+        seed=config.run.seed,
+        rank=run.ranks.rank,
+        num_ranks=run.ranks.count,
+    )
+
+
+def build_stage(config: DictConfig, run: Any, llm: Any) -> Any:
+    """Model with its starting weights, what is put on it to learn, and the objective."""
+    from train.stage import Stage
+
+    vision = build(config.model.vision)
+    # the Q-Former's text side is taken out, so its vocabulary may be anything
+    qformer = build(config.model.qformer, vocab_size=1, pad_id=0, image_width=vision.width)
+    model = build(config.model.visual_chat, vision=vision, qformer=qformer, llm=llm)
+    adapter = build(config.model.adapter)
+    if config.train.engine.zero_stage == 3:
+        adapter.check_zero3()
+    adapter.prepare(model, device=run.device)
+    run.say(str(build(config.model.weights)(model)))
+    adapter.attach(model, device=run.device)
+    return Stage(model, build(config.train.loss), run.ranks)
+
+
+def write_results(config: DictConfig, run: Any, model: Any, done: int) -> None:
+    """The trained tensors as a folder that peft reads, and what changed by training."""
+    from safetensors.torch import load_file
+
+    from model.weights.adapter_folder import save
+    from train.evaluator.before_after import before_and_after
+
+    checkpoint = run.dir / "checkpoints" / f"step_{done}" / "weights.safetensors"
+    if run.ranks.is_first and checkpoint.is_file():
+        trained = {name.removeprefix("model."): tensor for name, tensor in load_file(checkpoint).items()}
+        base = config.model.weights.get("visualglm") or config.model.weights.get("llm")
+        folder = save(model, trained, run.dir / "adapter", base_model=base or config.model.llm.get("folder"))
+        run.say(f"what was trained, for chat, for scripts/merge_adapter.py and for peft: {folder}")
+        table = before_and_after(run.dir / "metrics.jsonl")
+        run.say(f"\n{table}" if table else "")
+    run.ranks.barrier()
+
+
+if __name__ == "__main__":
+    main()
