@@ -1,4 +1,4 @@
-"""Prepared rows -> one micro-batch; the only place that truncates and pads.
+"""Prepared rows -> one micro-batch: stage one's pairs are truncated and padded here, dialogues come cut by their codec.
 
 Shape letters   B = pairs in this rank's micro-batch   L = caption length in tokens   C, H, W = image
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import ImageTextBatch, TextCodec
+from data.batch import DialogueBatch, EncodedDialogue, ImageTextBatch, TextCodec
 from data.keyed import stable_hash
 from data.source import RawSample
 
@@ -81,4 +81,51 @@ def collate(
         micro_step=micro_step,
         num_micro_steps=num_micro_steps,
     )
+    return batch, counts
+
+
+# ------------------------------------------------------------------------------------------ stage two: dialogues
+
+
+@dataclass(frozen=True)
+class DialogueExample:
+    """One row, ready but for padding."""
+
+    encoded: EncodedDialogue
+    images: tuple[Tensor, ...]  # uint8 CHW each
+    language: str
+
+
+def collate_dialogues(
+    examples: Sequence[DialogueExample],
+    *,
+    pad_id: int,
+    image_size: int,
+    languages: tuple[str, ...],
+    rows: Sequence[int],
+    step: int,
+    micro_step: int,
+    num_micro_steps: int,
+) -> tuple[DialogueBatch, Counter[str]]:
+    """Also counts dialogues, tokens, and what was cut per language, and the padding."""
+    counts: Counter[str] = Counter()
+    for example in examples:
+        counts[f"dialogues/{example.language}"] += 1
+        counts[f"tokens/{example.language}"] += len(example.encoded.ids)
+        counts[f"cut/{example.language}"] += any(example.encoded.num_cut.values())
+        for part, tokens in example.encoded.num_cut.items():
+            counts[f"cut_{part}_tokens/{example.language}"] += tokens
+    batch = DialogueBatch.collate(
+        [example.encoded for example in examples],
+        [example.images for example in examples],
+        pad_id=pad_id,
+        image_size=image_size,
+        language_of=[example.language for example in examples],
+        languages=languages,
+        rows=rows,
+        step=step,
+        micro_step=micro_step,
+        num_micro_steps=num_micro_steps,
+    )
+    counts["padding"] = batch.ids_BL.numel() - int(batch.mask_BL.sum())
     return batch, counts

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from data.batch import ImageTextBatch, TextCodec
-from data.collate import Example, collate, image_key
+from data.batch import Dialogue, DialogueBatch, DialogueCodec, ImageTextBatch, TextCodec
+from data.collate import DialogueExample, Example, collate, collate_dialogues, image_key
+from data.length_groups import LengthGroups, dealt
+from data.lengths import Limits, StreamLengths, codec_digest, read_lengths, table
 from data.mixture import Mixture, Plan, Rows
-from data.source import RawSample, Source
+from data.source import BadSample, DialogueSource, RawDialogue, RawSample, Source
 from data.steps import StepLoader
-from data.transform import Transform
+from data.transform import PictureTransform, Transform
 
 
 @dataclass(frozen=True)
@@ -113,3 +116,149 @@ class Loader(StepLoader):
             pin_memory=pin_memory,
         )
         self.recipe = ImageTextRecipe(transform, codec, global_batch_size, accumulate, rank, num_ranks, max_text_tokens)
+
+
+# ------------------------------------------------------------------------------------------ stage two: dialogues
+
+
+@dataclass(frozen=True)
+class DialogueRecipe:
+    """Rows grouped by length (`data/length_groups.py`), each dialogue drawn, encoded and cut as the codec says."""
+
+    groups: LengthGroups
+    transform: PictureTransform
+    codec: DialogueCodec
+    limits: Limits
+    accumulate: int
+    rank: int
+    num_ranks: int
+    draw_answer: bool
+
+    def places(self, micro_step: int) -> np.ndarray:
+        """Of this rank's rows in the global batch."""
+        return dealt(
+            self.groups.global_batch_size,
+            micro_step=micro_step,
+            num_micro_steps=self.accumulate,
+            rank=self.rank,
+            num_ranks=self.num_ranks,
+        )
+
+    def rows(self, plan: Plan, step: int, micro_step: int) -> Rows:
+        return self.groups.step(plan, step)[self.places(micro_step)]
+
+    def prepare(self, sample: RawDialogue, language: str, rng: np.random.Generator, row: int) -> DialogueExample:
+        dialogue = self._drawn(sample, rng)
+        try:
+            encoded = self.limits.encode(self.codec, dialogue)
+        except ValueError as error:  # at the start of the run every scanned one was seen to fit
+            raise BadSample("dialogue does not fit", detail=str(error)) from error
+        if not encoded.num_target_tokens:
+            raise BadSample("no token to learn")
+        images = tuple(self.transform.picture(image, rng) for image in sample.images[: dialogue.num_images])
+        return DialogueExample(encoded, images, language)
+
+    def _drawn(self, sample: RawDialogue, rng: np.random.Generator) -> Dialogue:
+        dialogue = sample.dialogues[int(rng.integers(len(sample.dialogues))) if len(sample.dialogues) > 1 else 0]
+        if self.draw_answer and not self.codec.trains_every_turn and len(dialogue.turns) > 1:
+            last = int(rng.integers(1, len(dialogue.turns) + 1))
+            return replace(dialogue, turns=dialogue.turns[:last])
+        return dialogue
+
+    def collate(
+        self, examples: Sequence[DialogueExample], plan: Plan, step: int, micro_step: int
+    ) -> tuple[DialogueBatch, Counter[str]]:
+        return collate_dialogues(
+            examples,
+            pad_id=self.codec.pad_id,
+            image_size=self.transform.image_size,
+            languages=plan.languages,
+            rows=self.places(micro_step).tolist(),
+            step=step,
+            micro_step=micro_step,
+            num_micro_steps=self.accumulate,
+        )
+
+
+class DialogueLoader(StepLoader):
+    """Stage two and domain fine-tuning: dialogues with any number of pictures.
+
+    Args:
+        sources: name -> source of dialogues.
+        mixture: weights of sources and languages; with `group_steps` above 1 they hold within so many steps.
+        transform: for the pictures; words are left as they are.
+        codec: the language model's.
+        global_batch_size: dialogues of one optimizer step over all ranks and micro-steps.
+        accumulate, seed, rank, num_ranks, num_workers, max_skip_rate, skip_window, prefetch, pin_memory: see `Loader`.
+        max_tokens: a longer dialogue loses its history first, then the beginning of its question, then the end of its
+            answer; image tokens count.
+        max_answer_tokens: bounds the last answer alone.
+        draw_answer: where the codec trains one answer of a dialogue, which one is drawn each time, and what follows it
+            is left out; False trains the last.
+        group_steps: over how many steps rows are sorted by length; 1 keeps the plan's rows in each step.
+
+    Raises:
+        ValueError: see `StepLoader`; and dialogues that nothing is learnt from, by file and row number.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, DialogueSource],
+        mixture: Mixture,
+        transform: PictureTransform,
+        codec: DialogueCodec,
+        *,
+        global_batch_size: int,
+        accumulate: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        num_ranks: int = 1,
+        num_workers: int | None = 0,
+        max_tokens: int = 512,
+        max_answer_tokens: int | None = None,
+        draw_answer: bool = True,
+        group_steps: int = 8,
+        max_skip_rate: float = 0.01,
+        skip_window: int = 20_000,
+        prefetch: int = 2,
+        pin_memory: bool | None = None,
+    ):
+        for name, value in (("max_tokens", max_tokens), ("max_answer_tokens", max_answer_tokens)):
+            if value is not None and value < 1:
+                raise ValueError(f"data.loader.{name} is {value}; expected tokens, 1 or more")
+        if group_steps < 1:
+            raise ValueError(f"data.loader.group_steps is {group_steps}; expected steps, 1 or more")
+        super().__init__(
+            sources,
+            mixture,
+            global_batch_size=global_batch_size,
+            accumulate=accumulate,
+            seed=seed,
+            num_ranks=num_ranks,
+            num_workers=num_workers,
+            max_skip_rate=max_skip_rate,
+            skip_window=skip_window,
+            prefetch=prefetch,
+            pin_memory=pin_memory,
+        )
+        self.codec, self.limits = codec, Limits(max_tokens, max_answer_tokens)
+        self.draw_answer, self.group_steps = draw_answer, group_steps
+        self.lengths: list[StreamLengths] = read_lengths(self.sources, self.plan.streams, codec, self.limits)
+        groups = LengthGroups(
+            [own.tokens for own in self.lengths], global_batch_size=global_batch_size, group_steps=group_steps
+        )
+        self.recipe = DialogueRecipe(groups, transform, codec, self.limits, accumulate, rank, num_ranks, draw_answer)
+
+    def table(self) -> str:
+        """Dialogues, their lengths and what is cut of them, by source and language: for the start of a run."""
+        return table(self.plan.streams, self.lengths, self.limits)
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            **super().fingerprint(),
+            "group_steps": self.group_steps,
+            "limits": [self.limits.max_tokens, self.limits.max_answer_tokens],
+            "lengths": [own.digest for own in self.lengths],
+            "draw_answer": self.draw_answer,
+            "codec": codec_digest(self.codec),
+        }

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.keyed import hash_64, permute, stable_hash
-from data.source import Source
+from data.source import DialogueSource, Source
 
 # Weights become fractions with at most this denominator, so that quotas are exact in int64 for 2^38 rows.
 MAX_DENOMINATOR = 1 << 24
@@ -74,30 +74,35 @@ class Quotas:
 
 
 class Mixture:
-    """Languages by weight first, then the sources of each language.
+    """Languages by weight first, then the sources of each language; or, without `languages`, sources first.
 
     Args:
-        languages: language -> weight; their order is `ImageTextBatch.languages`.  One to one is VisualGLM's
+        languages: language -> weight; their order is the batch's `languages`.  One to one is VisualGLM's
             (https://github.com/THUDM/VisualGLM-6B: 30M Chinese and 300M English pairs "with the same weight").
-        sources: source -> weight among the sources of a language; 0 leaves one out.  Without weights each source weighs
-            its samples, so that every sample of a language is read equally often.
+            None: all that the sources have, each source with its own languages as often as it has samples of them.
+        sources: source -> weight among the sources of a language, or among all without `languages` (a replay of general
+            data beside one's own: {mine: 3, general: 1}); 0 leaves one out.  Without weights each source weighs its
+            samples, so that every sample is read equally often.
     """
 
-    def __init__(self, languages: Mapping[str, float], sources: Mapping[str, float] | None = None):
-        self.languages = {name: float(weight) for name, weight in languages.items()}
+    def __init__(self, languages: Mapping[str, float] | None, sources: Mapping[str, float] | None = None):
+        self.by_source = languages is None
+        self.languages = {name: float(weight) for name, weight in (languages or {}).items()}
         self.sources = {name: float(weight) for name, weight in (sources or {}).items()}
         for kind, weights in (("language", self.languages), ("source", self.sources)):
             for name, weight in weights.items():
                 if not (weight >= 0 and np.isfinite(weight)):
                     raise ValueError(f"mixture: {kind} {name!r} has weight {weight}; expected a number, 0 or more")
-        if not any(self.languages.values()):
+        if not self.by_source and not any(self.languages.values()):
             raise ValueError("mixture.languages: expected at least one language with a weight above 0")
 
-    def plan(self, sources: Mapping[str, Source], *, seed: int) -> Plan:
+    def plan(self, sources: Mapping[str, Source | DialogueSource], *, seed: int) -> Plan:
         """Binds the weights to sources.  Raises ValueError for a language nobody has or a source nobody knows."""
         unknown = set(self.sources) - set(sources)
         if unknown:
             raise ValueError(f"mixture.sources names {sorted(unknown)}, but the sources are {sorted(sources)}")
+        if self.by_source:
+            return self._plan_by_source(sources, seed)
         streams, inner = [], []
         languages = {name: weight for name, weight in self.languages.items() if weight > 0}
         for language in languages:
@@ -111,6 +116,19 @@ class Mixture:
             streams += [Stream(name, language, sizes[name]) for name in weights]
             inner.append(Quotas(list(weights.values())))
         return Plan(streams, Quotas(list(languages.values())), inner, tuple(languages), seed)
+
+    def _plan_by_source(self, sources: Mapping[str, Source | DialogueSource], seed: int) -> Plan:
+        sizes = {name: sum(src.num_samples(n) for n in src.languages) for name, src in sources.items()}
+        weights = self._source_weights("samples", sizes)
+        if not weights:
+            raise ValueError(f"no source has a sample (found: {sizes}; weights: {self.sources})")
+        streams, inner = [], []
+        for name in weights:
+            own = {n: sources[name].num_samples(n) for n in sources[name].languages if sources[name].num_samples(n)}
+            streams += [Stream(name, language, size) for language, size in own.items()]
+            inner.append(Quotas(list(own.values())))
+        languages = tuple(sorted({stream.language for stream in streams}))
+        return Plan(streams, Quotas(list(weights.values())), inner, languages, seed)
 
     def _source_weights(self, language: str, sizes: Mapping[str, int]) -> dict[str, float]:
         used = [name for name, size in sizes.items() if size and self.sources.get(name, 1.0) > 0]

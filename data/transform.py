@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,6 +21,17 @@ from data.source import BadSample, RawSample
 
 # (sample, language, generator) -> uint8 CHW and the cleaned caption; raises BadSample
 Transform = Callable[[RawSample, str, np.random.Generator], tuple[Tensor, str]]
+
+
+class PictureTransform(Protocol):
+    """What dialogues ask of a transform: their words are left as they are."""
+
+    @property
+    def image_size(self) -> int: ...
+
+    def picture(self, image: bytes | Image.Image | np.ndarray, rng: np.random.Generator) -> Tensor:
+        """uint8 CHW.  Raises BadSample."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -52,11 +64,15 @@ class TrainTransform:
     def __call__(self, sample: RawSample, language: str, rng: np.random.Generator) -> tuple[Tensor, str]:
         # the text first: it costs nothing and may be bad already
         caption = _caption(draw_caption(sample, language, rng), language, self.clean)
-        image = open_image(sample.image, max_pixels=self.max_pixels)
-        box = random_crop(image.width, image.height, self.scale, self.ratio, rng)
+        return self.picture(sample.image, rng), caption
+
+    def picture(self, image: bytes | Image.Image | np.ndarray, rng: np.random.Generator) -> Tensor:
+        """uint8 (3, image_size, image_size)"""
+        opened = open_image(image, max_pixels=self.max_pixels)
+        box = random_crop(opened.width, opened.height, self.scale, self.ratio, rng)
         flip = self.flip and rng.random() < 0.5
-        picture = resize(image, (self.image_size, self.image_size), box, draft=True)
-        return to_tensor(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture), caption
+        picture = resize(opened, (self.image_size, self.image_size), box, draft=True)
+        return to_tensor(picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else picture)
 
 
 @dataclass(frozen=True)
@@ -73,6 +89,10 @@ class EvalTransform:
     def __call__(self, sample: RawSample, language: str, rng: np.random.Generator | None = None) -> tuple[Tensor, str]:
         caption = _caption(sample.captions[0], language, self.clean)
         return self.image(sample.image), caption
+
+    def picture(self, image: bytes | Image.Image | np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
+        """The same as `image`: nothing is drawn."""
+        return self.image(image)
 
     def image(self, image: bytes | Image.Image | np.ndarray) -> Tensor:
         """uint8 (3, image_size, image_size), bicubic, no draft: the same numbers as the original code."""

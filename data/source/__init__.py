@@ -1,4 +1,6 @@
-"""The protocol every data format implements: one file here per format, and nothing above it knows which one it is.
+"""The protocols every data format implements: one file here per format, and nothing above it knows which one it is.
+
+Stage one reads `Source`, image-text pairs; stage two and domain fine-tuning read `DialogueSource`.
 
 A source is map-style: sample `index` of `language` is the same sample on every rank, in every worker and after every
 restart, because a sample's place in the run is arithmetic on its index (data/mixture.py).
@@ -12,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+
+from data.batch import Dialogue
 
 
 @dataclass(frozen=True)
@@ -61,3 +65,45 @@ class Source(Protocol):
     def fingerprint(self) -> Mapping[str, Any]:
         """What the samples and their order depend on, as JSON values; a resumed run compares it."""
         ...
+
+
+# ------------------------------------------------------------------------------------------ stage two: dialogues
+
+
+@dataclass(frozen=True)
+class RawDialogue:
+    """A dialogue with its pictures, before anything is encoded or decoded."""
+
+    dialogues: tuple[Dialogue, ...]  # candidates (several prompts for one report); one is drawn by (seed, step, row)
+    images: tuple[bytes | Image.Image | np.ndarray, ...]  # in the order of the turns
+    key: str
+    shard: str = ""  # the file
+
+
+class DialogueSource(Protocol):
+    """Dialogues in one or several languages, by number.
+
+    Attributes:
+        scans: whether every text is read at the start of a run, to know its length and that something is learnt from
+            it; False for shards, whose texts lie as far away as their pictures.
+    """
+
+    name: str
+    languages: tuple[str, ...]
+    scans: bool
+
+    def num_samples(self, language: str) -> int: ...
+
+    def dialogues(self, language: str, index: int) -> tuple[Dialogue, ...]:
+        """The candidates of sample `index`; no picture is opened.  Raises BadSample where `scans` is False."""
+        ...
+
+    def where(self, language: str, index: int) -> str:
+        """For an error: the file and the row."""
+        ...
+
+    def read(self, language: str, index: int) -> RawDialogue:
+        """Raises BadSample where it cannot be used, as where a picture is missing."""
+        ...
+
+    def fingerprint(self) -> Mapping[str, Any]: ...

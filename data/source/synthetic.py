@@ -305,8 +305,8 @@ def draw(scene: Scene, random_: random.Random, image_size: int) -> Image.Image:
     pen = ImageDraw.Draw(image)
     crowding = 0.72 if len(scene.things) == 3 else 1.0
     for thing, (x, y) in zip(scene.things, ARRANGEMENTS[scene.arrangement], strict=True):
-        centre = (side * (x + random_.uniform(-0.03, 0.03)), side * (y + random_.uniform(-0.03, 0.03)))
-        radius = side * SIZES[thing.size][2] * crowding * random_.uniform(0.94, 1.06)
+        centre = (side * (x + random_.uniform(-0.012, 0.012)), side * (y + random_.uniform(-0.012, 0.012)))
+        radius = side * SIZES[thing.size][2] * crowding * random_.uniform(0.97, 1.03)
         fill = tuple(min(255, max(0, value + random_.randint(-8, 8))) for value in COLOURS[thing.colour][2])
         edge = tuple(int(value * 0.62) for value in fill)
         pen.polygon(_outline(thing.shape, centre, radius), fill=fill, outline=edge, width=max(1, round(scale * 0.75)))

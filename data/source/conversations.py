@@ -1,0 +1,296 @@
+"""What all files of conversations share: rows checked at the start, pictures opened when needed, splits by group.
+
+A format is one file beside this one: `conversation(row)` says what a row means.  Texts are kept as bytes in one array,
+not as Python objects, so that forked workers share them.
+
+The only text that is ever opened as a path is the field the format declares as a picture, and only below `image_root`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from tqdm import tqdm
+
+from data.batch import Dialogue, Turn
+from data.language import language_of
+from data.records import Malformed, as_object, files_of, read_rows
+from data.source import BadSample, RawDialogue
+from data.split import PARTS, part_of, test_share
+
+log = logging.getLogger(__name__)
+
+NUM_PROBED = 16  # pictures looked for at the start: if none of them is there, image_root is wrong
+NUM_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A row, as its format reads it."""
+
+    turns: tuple[Turn, ...]
+    images: tuple[str, ...] = ()  # paths, or whatever the format's `open` understands
+    language: str | None = None  # None: by the script of its words
+    prompts: Mapping[str, Sequence[str]] | None = None  # by language; each is a question in place of the only turn's
+    group: str | None = None  # where the format knows a better one than a field of the row
+
+
+@dataclass
+class _Store:
+    """JSON of each conversation in one array of bytes."""
+
+    packed: np.ndarray
+    end: np.ndarray
+    file: np.ndarray
+    row: np.ndarray
+
+    def __getitem__(self, sample: int) -> dict[str, Any]:
+        start = int(self.end[sample - 1]) if sample else 0
+        return json.loads(self.packed[start : int(self.end[sample])].tobytes())
+
+
+@dataclass(kw_only=True)
+class ConversationSource:
+    """Base of the formats.
+
+    Args:
+        path: the file, a glob, or a list of them.
+        image_root: the folder that picture paths start from, and may not leave; default: the folder of the file.
+        language: of every row; default: the field `language` where a row has it, else by the script of its words.
+        split, part: "80/20" and "train" or "test": only that part, by a hash of
+        group: ... this field ("patient_id"); default: a row's pictures, or its words where it has none.
+        malformed: "error" stops at a row that is not as expected; "skip" leaves it out and counts it.
+        name: how logs and errors call it.
+    Raises:
+        ValueError: no file, no UTF-8, a malformed row (file, row, field, what was expected), nothing left of a part.
+    """
+
+    path: str | Sequence[str]
+    image_root: str | None = None
+    language: str | None = None
+    split: str | None = None
+    part: str | None = None
+    group: str | None = None
+    malformed: str = "error"
+    name: str = "conversations"
+
+    scans: bool = field(default=True, init=False, repr=False)
+    rows_under: ClassVar[str | None] = None  # the key that a format's list may stand under
+
+    def __post_init__(self) -> None:
+        self._share = _checked_split(self.split, self.part, self.group)
+        if self.malformed not in ("error", "skip"):
+            raise ValueError(f"{self.name}: malformed is {self.malformed!r}; expected error or skip")
+        self.left_out = 0
+        self.files = self.find_files()
+        beside = [file if file.is_dir() else file.parent for file in self.files]
+        self._roots = [Path(self.image_root).expanduser()] * len(beside) if self.image_root else beside
+        self._prompts: dict[str, tuple[str, ...]] = {}
+        self._store, self._samples = self._read_all()
+        self.languages = tuple(sorted(self._samples))
+        if not self.languages:
+            part = f" in part {self.part!r} of split {self.split}" if self.split else ""
+            raise ValueError(f"{self.name}: no conversation{part} in {', '.join(map(str, self.files[:NUM_NAMED]))}")
+        self._probe_pictures()
+        counts = {language: self.num_samples(language) for language in self.languages}
+        log.info("%s: conversations per language %s", self.name, counts)
+
+    # ------------------------------------------------------------------------------------------ what a format writes
+
+    def conversation(self, row: Mapping[str, Any]) -> Conversation:
+        """Raises Malformed."""
+        raise NotImplementedError
+
+    def find_files(self) -> list[Path]:
+        return files_of(self.path)
+
+    def rows(self, file: Path) -> Iterator[tuple[int, object]]:
+        return read_rows(file, under=self.rows_under)
+
+    def check_image(self, reference: str) -> None:
+        """Before anything is opened.  Raises Malformed."""
+        if "://" in reference:
+            raise Malformed("picture", "a path below image_root (addresses are not fetched)", reference)
+        if os.path.isabs(reference) or os.path.normpath(reference).split(os.sep)[0] == os.pardir:
+            raise Malformed("picture", "a path below image_root", reference)
+
+    def open(self, reference: str, file: int, row: int) -> Any:
+        """The picture's bytes.  Raises BadSample."""
+        root = self._roots[file].resolve()
+        path = (root / reference).resolve()  # follows links: what they point to has to lie below the root as well
+        if not path.is_relative_to(root):
+            raise BadSample("picture outside image_root", detail=str(path))
+        if not path.is_file():
+            raise BadSample("no image", detail=str(path))
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            raise BadSample("image cannot be read", detail=str(error)) from error
+
+    # ------------------------------------------------------------------------------------------------ DialogueSource
+
+    def num_samples(self, language: str) -> int:
+        return len(self._samples.get(language, ()))
+
+    def dialogues(self, language: str, index: int) -> tuple[Dialogue, ...]:
+        return self._dialogues(language, self._store[int(self._samples[language][index])])
+
+    def where(self, language: str, index: int) -> str:
+        sample = int(self._samples[language][index])
+        return f"{self.files[int(self._store.file[sample])]}, row {int(self._store.row[sample])}"
+
+    def read(self, language: str, index: int) -> RawDialogue:
+        sample = int(self._samples[language][index])
+        file, row = int(self._store.file[sample]), int(self._store.row[sample])
+        where = {"shard": str(self.files[file]), "key": f"row {row}"}
+        packed = self._store[sample]
+        try:
+            images = tuple(self.open(reference, file, row) for reference in packed["images"])
+        except BadSample as bad:
+            raise BadSample(bad.reason, detail=bad.detail, **where) from bad
+        return RawDialogue(self._dialogues(language, packed), images, **where)
+
+    def group_of(self, language: str, index: int) -> str:
+        """What the sample was split by."""
+        return self._store[int(self._samples[language][index])]["group"]
+
+    def images_of(self, language: str, index: int) -> tuple[str, ...]:
+        return tuple(self._store[int(self._samples[language][index])]["images"])
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        digest = blake2b(self._store.packed.tobytes(), digest_size=16)
+        digest.update(json.dumps({k: list(v) for k, v in sorted(self._prompts.items())}).encode())
+        return {
+            "samples": {language: self.num_samples(language) for language in self.languages},
+            "texts": digest.hexdigest(),
+            "part": [self.split, self.part, self.group],
+        }
+
+    # ------------------------------------------------------------------------------------------------------- reading
+
+    def _dialogues(self, language: str, packed: Mapping[str, Any]) -> tuple[Dialogue, ...]:
+        turns = tuple(Turn(*turn) for turn in packed["turns"])
+        if not packed["prompted"]:
+            return (Dialogue(turns, language),)
+        (turn,) = turns
+        prompts = self._prompts[language]
+        return tuple(Dialogue((Turn(prompt, turn.answer, turn.num_images),), language) for prompt in prompts)
+
+    def _read_all(self) -> tuple[_Store, dict[str, np.ndarray]]:
+        packed, end, place, samples = bytearray(), [], [], {}  # type: ignore[var-annotated]
+        for number, file in enumerate(self.files):
+            for row, value in tqdm(self.rows(file), desc=f"reading {file.name}", unit=" rows", delay=2, leave=False):
+                try:
+                    found = self._pack(as_object(value))
+                except Malformed as error:
+                    self._leave_out(f"{file}, row {row}: {error}")
+                    continue
+                if found is None:
+                    continue  # the other part's
+                language, text = found
+                samples.setdefault(language, []).append(len(end))
+                packed += text
+                end.append(len(packed))
+                place.append((number, row))
+        if self.left_out:
+            log.warning("%s: %d malformed rows left out", self.name, self.left_out)
+        places = np.array(place, np.int64).reshape(-1, 2)
+        store = _Store(np.frombuffer(bytes(packed), np.uint8), np.array(end, np.int64), places[:, 0], places[:, 1])
+        return store, {language: np.array(numbers, np.int64) for language, numbers in samples.items()}
+
+    def _leave_out(self, what: str) -> None:
+        if self.malformed == "error":
+            raise ValueError(f"{what}.  Repair it, or leave such rows out with malformed=skip")
+        self.left_out += 1
+        if self.left_out <= NUM_NAMED:
+            log.warning("%s: left out: %s", self.name, what)
+
+    def _pack(self, row: Mapping[str, Any]) -> tuple[str, bytes] | None:
+        """(language, bytes) of a row; None where it belongs to the other part."""
+        found = self.conversation(row)
+        _check_turns(found)
+        for reference in found.images:
+            self.check_image(reference)
+        group = self._group(row, found)
+        if self._share is not None and part_of(group, self._share) != self.part:
+            return None
+        language = self._language(row, found)
+        if found.prompts is not None:
+            if not found.prompts.get(language):
+                raise Malformed("prompts", f"a prompt in {language!r}", sorted(found.prompts))
+            self._prompts[language] = tuple(found.prompts[language])
+        value = {
+            "turns": [[turn.question, turn.answer, turn.num_images] for turn in found.turns],
+            "images": found.images,
+            "prompted": found.prompts is not None,
+            "group": group,
+        }
+        return language, json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+    def _group(self, row: Mapping[str, Any], found: Conversation) -> str:
+        if self.group is not None:
+            value = row.get(self.group)
+            if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+                raise Malformed(self.group, "the group's name or number (group is set)", value)
+            return str(value)
+        if found.group is not None:
+            return found.group
+        return "\0".join(sorted(found.images)) or "\0".join(f"{turn.question}\0{turn.answer}" for turn in found.turns)
+
+    def _language(self, row: Mapping[str, Any], found: Conversation) -> str:
+        told = self.language or found.language or row.get("language")
+        if told is None:
+            return language_of(" ".join(f"{turn.question} {turn.answer}" for turn in found.turns))
+        if not isinstance(told, str) or not told:
+            raise Malformed("language", "a language like zh or en", told)
+        return told
+
+    def _probe_pictures(self) -> None:
+        """A wrong root would look like a data set of nothing but bad samples."""
+        having = []
+        for sample in range(0, len(self._store.end), max(1, len(self._store.end) // NUM_PROBED)):
+            if images := self._store[sample]["images"]:
+                having.append((sample, images[0]))
+        missing = ""
+        for sample, reference in having:
+            try:
+                self.open(reference, int(self._store.file[sample]), int(self._store.row[sample]))
+                return
+            except BadSample as bad:
+                missing = f"{bad.reason} at {bad.detail}"
+        if having:
+            raise ValueError(
+                f"{self.name}: none of {len(having)} pictures looked for is there ({missing}); picture paths start "
+                f"from image_root, which is {self.image_root or 'the folder of the file'}"
+            )
+
+
+def _check_turns(found: Conversation) -> None:
+    if not found.turns:
+        raise Malformed("(the row)", "a question and its answer", [])
+    for number, turn in enumerate(found.turns, start=1):
+        if not turn.answer:
+            raise Malformed(f"answer of turn {number}", "text that is not empty", turn.answer)
+        if not turn.question and not turn.num_images and found.prompts is None:
+            raise Malformed(f"question of turn {number}", "text, or a picture to talk about", turn.question)
+    shown = sum(turn.num_images for turn in found.turns)
+    if shown != len(found.images):
+        raise Malformed("pictures", f"{shown}, as many as the turns show", list(found.images))
+
+
+def _checked_split(split: str | None, part: str | None, group: str | None) -> float | None:
+    if split is None:
+        if part is not None or group is not None:
+            raise ValueError(f"part={part} and group={group} say nothing without split, such as split: 80/20")
+        return None
+    if part not in PARTS:
+        raise ValueError(f"split is {split!r} and part {part!r}; expected part train or test")
+    return test_share(split)
