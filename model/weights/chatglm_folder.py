@@ -7,21 +7,18 @@ made a folder of blocks: `qkv_order` says, or a known tensor.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from model.weights import visualglm
-from model.weights.checkpoint import open_folder, read_config
+from model.weights import visualglm, writing
+from model.weights.checkpoint import from_tensors, open_folder, read_config
 from model.weights.filling import LoadReport
 from model.weights.visualglm import LANGUAGE_MODEL, Entry, QkvOrder, Shape
 
 IMAGE_PREFIX, HEAD = "image_encoder.", "lm_head.weight"
-_MAX_SHARD = "4GB"
 
 
 def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +55,9 @@ def load(model: nn.Module, folder: Path, *, qkv_order: QkvOrder | None, referenc
     if theirs["num_heads"] != llm.num_heads:
         raise ValueError(f"{folder} has {theirs['num_heads']} attention heads, model.llm {llm.num_heads}")
     checkpoint = open_folder(folder)
-    order = visualglm.resolve_order(checkpoint, qkv_order, num_heads=llm.num_heads, reference=reference)
+    order = visualglm.resolve_order(
+        checkpoint, qkv_order, num_heads=llm.num_heads, reference=reference, recorded=visualglm.recorded_order(folder)
+    )
     if any(name.startswith(IMAGE_PREFIX) for name in checkpoint.shapes):
         return visualglm.load(model, checkpoint, table(model), order)
     own = [entry for entry in table(model) if entry.block == LANGUAGE_MODEL]
@@ -70,16 +69,10 @@ def write(model: nn.Module, folder: Path, config: Mapping[str, Any], *, qkv_orde
 
     Raises ValueError where the folder is not empty.
     """
-    from huggingface_hub import save_torch_state_dict
-
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: nothing was written")
-    folder.mkdir(parents=True, exist_ok=True)
     own = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
     tensors = visualglm.to_theirs(own, table(model), qkv_order)
-    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    save_torch_state_dict(tensors, folder, max_shard_size=_MAX_SHARD, metadata={"qkv_order": qkv_order, "format": "pt"})
-    (folder / "config.json").write_text(json.dumps(dict(config), indent=1, ensure_ascii=False), "utf-8")
+    writing.write_folder(from_tensors(tensors), folder, metadata={"qkv_order": qkv_order})
+    writing.write_json(folder / "config.json", config)
     return folder
 
 

@@ -101,6 +101,19 @@ def open_folder(folder: Path, *, leave_lora: bool = False) -> Checkpoint:
     Raises:
         ValueError: no checkpoint, something in it that is no plain data, or an adapter that is not merged.
     """
+    tensors = read_newest(folder)
+    adapter = [name for name in tensors if any(mark in name for mark in sat_lora.MARKS)]
+    if adapter and not leave_lora:
+        raise ValueError(
+            f"{folder} holds a LoRA that is not merged ({len(adapter)} tensors, first: {adapter[0]}): convert it as an "
+            f"adapter (scripts/convert_weights.py adapter), and its base with --leave-lora"
+        )
+    checkpoint = from_tensors(tensors, str(folder))
+    return sat_lora.base_of(checkpoint) if adapter else checkpoint
+
+
+def read_newest(folder: Path) -> dict[str, Tensor]:
+    """The tensors that `latest` points to, a LoRA's included."""
     latest = folder / "latest"
     if not latest.is_file():
         raise ValueError(f"{folder} has no file `latest`, which names the checkpoint to read")
@@ -108,15 +121,7 @@ def open_folder(folder: Path, *, leave_lora: bool = False) -> Checkpoint:
     files = sorted(place.glob("mp_rank_*_model_states.pt"))
     if [file.name for file in files] != ["mp_rank_00_model_states.pt"]:
         raise ValueError(f"{place} holds {[file.name for file in files]}; expected mp_rank_00_model_states.pt alone")
-    tensors = read_module(files[0])
-    adapter = [name for name in tensors if any(mark in name for mark in sat_lora.MARKS)]
-    if adapter and not leave_lora:
-        raise ValueError(
-            f"{files[0]} holds a LoRA that is not merged ({len(adapter)} tensors, first: {adapter[0]}): convert it as "
-            f"an adapter, or merge it"
-        )
-    checkpoint = from_tensors(tensors, str(files[0]))
-    return sat_lora.base_of(checkpoint) if adapter else checkpoint
+    return read_module(files[0])
 
 
 def read_module(file: Path) -> dict[str, Tensor]:
@@ -155,7 +160,9 @@ def load(
     """
     checkpoint = open_folder(folder, leave_lora=leave_lora)
     num_heads: Any = getattr(model, "llm").num_heads  # noqa: B009 - nn.Module's attributes have no type
-    order = visualglm.resolve_order(checkpoint, qkv_order, num_heads=num_heads, reference=reference)
+    order = visualglm.resolve_order(
+        checkpoint, qkv_order, num_heads=num_heads, reference=reference, recorded=visualglm.recorded_order(folder)
+    )
     return visualglm.load(model, checkpoint, table(model), order)
 
 
@@ -166,26 +173,28 @@ def write(
 
     `blocks` is the order of SAT 0.4.1 and later.  Raises ValueError where the folder is not empty.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ValueError(f"{folder} is not empty: nothing was written")
-    tensors = to_sat(model, qkv_order)
-    place = folder / str(iteration)
-    place.mkdir(parents=True)
-    (folder / "model_config.json").write_text(json.dumps(dict(config), indent=1, ensure_ascii=False), "utf-8")
-    torch.save({"module": tensors, "iteration": iteration}, place / "mp_rank_00_model_states.pt")
-    (folder / "latest").write_text(str(iteration), "utf-8")
-    return folder
-
-
-def to_sat(model: nn.Module, qkv_order: QkvOrder) -> dict[str, Tensor]:
-    """The model's tensors under SAT's names, and the table of frequencies that SAT counts as one."""
+    llm: Any = getattr(model, "llm")  # noqa: B009
     own = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
     tensors = visualglm.to_theirs(own, table(model), qkv_order)
-    llm: Any = getattr(model, "llm")  # noqa: B009
-    half = llm.width // (2 * llm.num_heads)
+    return write_tensors(tensors, folder, config, num_heads=llm.num_heads, iteration=iteration)
+
+
+def write_tensors(
+    tensors: dict[str, Tensor], folder: Path, config: Mapping[str, Any], *, num_heads: int, iteration: int = 1
+) -> Path:
+    """The same from tensors under SAT's names; the table of frequencies, which SAT counts as one, is added."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: nothing was written")
+    place = folder / str(iteration)
+    place.mkdir(parents=True)
+    head = tensors[HEAD]
+    half = head.shape[1] // (2 * num_heads)
     frequency = 1.0 / (10000 ** (torch.arange(0, half, 2).float() / half))
-    tensors[INV_FREQ] = frequency.to(tensors[HEAD].dtype)
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    module = {name: tensor.contiguous() for name, tensor in tensors.items()} | {INV_FREQ: frequency.to(head.dtype)}
+    torch.save({"module": module, "iteration": iteration}, place / "mp_rank_00_model_states.pt")
+    (folder / "model_config.json").write_text(json.dumps(dict(config), indent=1, ensure_ascii=False), "utf-8")
+    (folder / "latest").write_text(str(iteration), "utf-8")
+    return folder
 
 
 def table(model: nn.Module) -> list[Entry]:

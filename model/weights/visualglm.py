@@ -7,9 +7,11 @@ or head by head, which no file says: `qkv_order` has to, or a tensor known from 
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,6 +25,7 @@ from model.weights.rows import head_by_head, in_blocks
 
 QkvOrder = Literal["blocks", "per_head"]
 LANGUAGE_MODEL, PROJECTION, LN_VISION = "language model", "projection", "ln_vision"
+RECORD = "conversion.json"
 FIRST_QKV = "transformer.layers.0.attention.query_key_value.weight"
 
 
@@ -155,10 +158,23 @@ def to_theirs(tensors: Mapping[str, Tensor], table: list[Entry], order: QkvOrder
     return {entry.theirs: entry.to_theirs([tensors[ours] for ours in entry.ours], order) for entry in table}
 
 
+def recorded_order(folder: Path) -> QkvOrder | None:
+    """What a conversion of ours wrote beside the weights (`conversion.json`)."""
+    file = folder / RECORD
+    order: QkvOrder | None = json.loads(file.read_text("utf-8")).get("qkv_order") if file.is_file() else None
+    return order
+
+
 def resolve_order(
-    checkpoint: Checkpoint, order: QkvOrder | None, *, num_heads: int, reference: Tensor | None = None
+    checkpoint: Checkpoint,
+    order: QkvOrder | None,
+    *,
+    num_heads: int,
+    reference: Tensor | None = None,
+    recorded: QkvOrder | None = None,
 ) -> QkvOrder:
-    """What `--qkv-order` says; or what `reference`, the first layer's joint weight head by head, shows.
+    """What `--qkv-order` says; or what `reference`, the first layer's joint weight head by head, shows; or what a
+    conversion of ours recorded.
 
     Raises:
         ValueError: neither is given, the reference is of other weights, or the two disagree.
@@ -166,6 +182,9 @@ def resolve_order(
     if order not in (None, "blocks", "per_head"):
         raise ValueError(f"qkv_order is {order!r}; it can be blocks (SAT 0.4.1 and later) or per_head (Hugging Face)")
     if reference is None:
+        if recorded is not None and order not in (None, recorded):
+            raise ValueError(f"{checkpoint.path} was written in order {recorded!r}, as {RECORD} says, not {order!r}")
+        order = order or recorded
         if order is None:
             raise ValueError(
                 f"{checkpoint.path} does not say in which order the rows of query_key_value are. Give --qkv-order: "

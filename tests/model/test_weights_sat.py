@@ -19,7 +19,6 @@ from model.qformer import QFormer
 from model.vision.encoder import eva_vit
 from model.visual_chat import VisualChatModel
 from model.weights import chatglm_folder, ours, sat, sat_lora, stage_two, visualglm
-from model.weights.checkpoint import from_tensors
 from model.weights.rows import head_by_head, in_blocks
 from tests.model.llm_common import small_chatglm
 from tests.model.weights_common import QFORMER, VISION, parity_folder, small_model
@@ -452,10 +451,10 @@ def test_starting_weights_one_after_the_other(folder: Path, tmp_path: Path) -> N
         stage_two.initialise(model, stage_one=str(tmp_path / "nothing"))
 
 
-def test_tensors_are_read_when_they_are_asked_for() -> None:
+def test_tensors_are_read_when_they_are_asked_for(folder: Path) -> None:
     model = chat_model(1)
     asked: list[str] = []
-    stored = from_tensors(sat.to_sat(model, "blocks"))
+    stored = sat.open_folder(folder)
     watched = type(stored)(stored.path, stored.shapes, lambda name: asked.append(name) or stored.read(name))  # type: ignore[func-returns-value]
     named = visualglm.in_our_names(watched, sat.table(model), model, "blocks")
     assert asked == [] and named.shapes.keys() >= dict(model.named_parameters()).keys()

@@ -1,0 +1,143 @@
+"""VisualGLM from SAT's layout to Hugging Face's and back, tensor by tensor, without building a model.
+
+What is written records its row order in `conversion.json`, so that nobody has to ask again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from model.weights import chatglm_folder, sat, visualglm, writing
+from model.weights.checkpoint import Checkpoint, open_folder, read_config
+from model.weights.visualglm import RECORD, Entry, QkvOrder, Shape
+
+Layout = Literal["sat", "huggingface"]
+USUAL_ORDER: Mapping[str, QkvOrder] = {"sat": "blocks", "huggingface": "per_head"}
+_SAME_KEYS = {  # SAT's model_config.json <-> Hugging Face's config.json
+    "hidden_size": "hidden_size",
+    "num_layers": "num_layers",
+    "num_attention_heads": "num_attention_heads",
+    "inner_hidden_size": "inner_hidden_size",
+    "vocab_size": "vocab_size",
+    "layernorm_epsilon": "layernorm_epsilon",
+    "max_sequence_length": "max_sequence_length",
+    "image_length": "image_length",
+    "bos_token_id": "bos_token_id",
+    "mask_token_id": "mask_token_id",
+    "gmask_token_id": "gmask_token_id",
+    "pad_token_id": "pad_token_id",
+    "eva_args": "eva_config",
+    "qformer_args": "qformer_config",
+}
+_COMES_ALONG = ("ice_text.model", "tokenizer_config.json", "LICENSE*", "MODEL_LICENSE*")
+
+
+def layout_of(folder: Path) -> Layout:
+    if (folder / "model_config.json").is_file():
+        return "sat"
+    if (folder / "config.json").is_file():
+        return "huggingface"
+    raise ValueError(f"{folder} is neither SAT's (model_config.json) nor Hugging Face's (config.json)")
+
+
+def convert(
+    source: Path,
+    target: Path,
+    *,
+    to: Layout,
+    qkv_order: QkvOrder | None,
+    reference: Tensor | None = None,
+    target_order: QkvOrder | None = None,
+    leave_lora: bool = False,
+    max_shard_bytes: int = writing.MAX_SHARD_BYTES,
+) -> Path:
+    """Writes VisualGLM's folder `source`, of either layout, as `target`.  Numbers keep their precision.
+
+    Args:
+        qkv_order, reference: of the source; see `visualglm.resolve_order`.
+        target_order: blocks for SAT 0.4.1 and later, per_head for Hugging Face, unless another is asked for.
+        leave_lora: take the base alone of a SAT checkpoint with a LoRA.
+    Raises:
+        ValueError: a target that is not empty, missing tensors, or an order that nobody names.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target} is not empty: nothing was written")
+    checkpoint, config = _open(source, leave_lora)
+    order = visualglm.resolve_order(
+        checkpoint,
+        qkv_order,
+        num_heads=config["num_attention_heads"],
+        reference=reference,
+        recorded=visualglm.recorded_order(source),
+    )
+    new_order = target_order or USUAL_ORDER[to]
+    converted = renamed(checkpoint, layout_of(source), order, to, new_order, config["num_attention_heads"])
+    metadata = {"source": str(source), "qkv_order": new_order, "source_qkv_order": order}
+    if to == "huggingface":
+        writing.write_folder(converted, target, max_shard_bytes=max_shard_bytes, metadata=metadata)
+        writing.write_json(target / "config.json", _config(config, to))
+    else:
+        tensors = {name: converted.read(name) for name in converted.shapes}  # SAT knows one file; ours are mapped
+        sat.write_tensors(tensors, target, _config(config, to), num_heads=config["num_attention_heads"])
+    writing.write_json(target / RECORD, metadata)
+    writing.copy_files(source, target, _COMES_ALONG)
+    return target
+
+
+def renamed(
+    checkpoint: Checkpoint, layout: Layout, order: QkvOrder, to: Layout, new_order: QkvOrder, num_heads: int
+) -> Checkpoint:
+    """The same tensors under the other layout's names and in the other order, each read when it is asked for."""
+    shape = Shape.of_checkpoint(checkpoint, _module(layout).IMAGE_PREFIX, num_heads)
+    pairs = list(zip(_table(shape, layout), _table(shape, to), strict=True))
+    missing = [there.theirs for there, _ in pairs if there.theirs not in checkpoint.shapes]
+    if missing or not shape.llm_layers or not shape.vision_layers:
+        raise ValueError(
+            f"{checkpoint.path} is not a whole VisualGLM: {shape.llm_layers} layers of the language model, "
+            f"{shape.vision_layers} of the encoder, {len(missing)} tensors missing (first: {missing[:1]})"
+        )
+    where = {here.theirs: (there, here) for there, here in pairs}
+
+    def read(name: str) -> Tensor:
+        there, here = where[name]
+        tensor = checkpoint.read(there.theirs)
+        if there.num_heads is None or order == new_order:
+            return tensor
+        return here.to_theirs([torch.cat(there.to_ours(tensor, order))], new_order)
+
+    return Checkpoint(checkpoint.path, {new: checkpoint.shapes[old.theirs] for new, (old, _) in where.items()}, read)
+
+
+def _open(source: Path, leave_lora: bool) -> tuple[Checkpoint, dict[str, Any]]:
+    if layout_of(source) == "sat":
+        return sat.open_folder(source, leave_lora=leave_lora), sat.read_config(source)
+    config = read_config(source)
+    chatglm_folder.sizes(config)
+    missing = [key for key in ("eva_config", "qformer_config", "image_length") if key not in config]
+    if missing:
+        raise ValueError(f"{source}/config.json is not VisualGLM's: it has no {', '.join(missing)}")
+    return open_folder(source), {ours: config[theirs] for ours, theirs in _SAME_KEYS.items() if theirs in config}
+
+
+def _config(config: Mapping[str, Any], to: Layout) -> dict[str, Any]:
+    """From SAT's keys."""
+    if to == "sat":
+        names = {"model_class": "VisualGLMModel", "tokenizer_type": "THUDM/chatglm-6b", "layernorm_order": "post"}
+        return {**names, "model_parallel_size": 1, **config}
+    own: dict[str, Any] = {"model_type": "chatglm", "architectures": ["ChatGLMForConditionalGenerationWithImage"]}
+    shared = {theirs: config[ours] for ours, theirs in _SAME_KEYS.items() if ours in config}
+    return {**own, "position_encoding_2d": True, "eos_token_id": config["bos_token_id"] + 1, **shared}
+
+
+def _module(layout: Layout) -> Any:
+    return {"sat": sat, "huggingface": chatglm_folder}[layout]
+
+
+def _table(shape: Shape, layout: Layout) -> list[Entry]:
+    module = _module(layout)
+    return list(visualglm.entries(shape, image_prefix=module.IMAGE_PREFIX, head=module.HEAD))
