@@ -42,7 +42,7 @@ def build_llm(config: DictConfig, run: Any, sources: Any) -> Any:
     if run.ranks.is_first:
         made(dialogues=some_dialogues(sources))
     run.ranks.barrier()
-    return load(Path(made.keywords["folder"]))
+    return load(Path(config.model.llm.folder))
 
 
 def some_dialogues(sources: Any, at_most: int = 2000) -> list[Any]:

@@ -46,6 +46,12 @@ def test_targets_exist_and_take_every_key(path: Path) -> None:
         assert node.keys() - HYDRA_KEYS <= parameters.keys(), f"{target} has no such parameter"
 
 
+def entry_of(path: Path) -> str:
+    """The entry config that an experiment is written for, as its first lines say."""
+    head = path.read_text(encoding="utf-8").split("\ndefaults:")[0]
+    return "finetune" if "finetune.py experiment=" in head else "pretrain"
+
+
 def small_overrides(path: Path) -> list[str]:
     """What an experiment leaves to its user (`???`), so that it can be composed."""
     from hydra import compose as hydra_compose
@@ -54,14 +60,14 @@ def small_overrides(path: Path) -> list[str]:
 
     name = str(path.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        config = hydra_compose("pretrain", [f"experiment={name}"])
+        config = hydra_compose(entry_of(path), [f"experiment={name}"])
     return [f"experiment={name}", *(f"{key}=placeholder" for key in OmegaConf.missing_keys(config))]
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=relative)
 def test_every_experiment_passes_the_strict_check(path: Path) -> None:
-    config = compose("pretrain", small_overrides(path))
-    assert config.run.name == path.stem or config.run.name != "pretrain", f"{path} does not name its run"
+    config = compose(entry_of(path), small_overrides(path))
+    assert config.run.name == path.stem or config.run.name != entry_of(path), f"{path} does not name its run"
 
 
 @pytest.mark.parametrize("path", [*ENTRIES, *EXPERIMENTS], ids=relative)
