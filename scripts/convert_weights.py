@@ -7,9 +7,9 @@
 
 visualglm: VisualGLM-6B from SwissArmyTransformer's folder to Hugging Face's layout (safetensors) and back.  No file
 says in which order the rows of query_key_value are; the wrong one loads without an error and answers nonsense.
---qkv-order says it: `blocks` for SAT 0.4.1 and later, `per_head` for Hugging Face and SAT before 0.4.1.  Or --reference names a
-Hugging Face folder of ChatGLM-6B whose weights the source's language model has, to compare with.  What is written
-records its order.  --leave-lora takes the base of a checkpoint that holds a LoRA.
+--qkv-order says it: `blocks` for SAT 0.4.1 and later, `per_head` for Hugging Face and SAT before 0.4.1.  Or --reference
+names a Hugging Face folder of ChatGLM-6B whose weights the source's language model has, to compare with.  What is
+written records its order.  --leave-lora takes the base of a checkpoint that holds a LoRA.
 
 adapter: the LoRA in a checkpoint of VisualGLM's or XrayGLM's fine-tuning -> an adapter that peft loads.  Its base is
 converted apart, with --leave-lora.

@@ -177,3 +177,24 @@ def test_rows_cut_out_of_a_batch_say_the_same(model: VisualChatModel) -> None:
 
 def test_a_turn_holds_pictures_by_number() -> None:
     assert Dialogue((Turn("a", "b", 2), Turn("c", "", 1)), "zh").num_images == 3
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_half_precision_answers_and_learns(pieces: Path, stored: torch.dtype) -> None:
+    """As training runs it: what is frozen stored in 16 bit or not, autocast around."""
+    exact = tiny_chat(pieces)
+    batch = batch_of(exact)
+    expected = exact.predict(batch).logits_TV
+    model = tiny_chat(pieces).train()
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(stored)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.predict(batch)
+        answers = model.generate(batch, max_new_tokens=4)
+    assert found.logits_TV.dtype == torch.bfloat16 and answers.shape[1] <= 4
+    assert (found.logits_TV.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
+    found.logits_TV.float().square().mean().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
