@@ -9,6 +9,7 @@ for, and no trace elsewhere.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import sys
 from argparse import Namespace
@@ -91,7 +92,9 @@ def initialise(network: nn.Module, std: float) -> None:
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
     """Inside, SAT builds models without a process group; afterwards random states and switches are as before."""
-    with contextlib.redirect_stdout(sys.stderr):  # SAT and DeepSpeed say hello; a command's output is not theirs
+    os.environ.setdefault("SAT_LOGLEVEL", "WARNING")  # SAT and DeepSpeed say hello; a command's output is not theirs
+    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    with contextlib.redirect_stdout(sys.stderr):
         import sat.arguments
         import sat.model.transformer
         import sat.mpu.layers
