@@ -12,11 +12,11 @@ from hashlib import sha256
 PARTS = ("train", "test")
 
 
-def test_share(split: str) -> float:
+def held_out_share(split: str) -> float:
     """ "80/20" -> 0.2.  Raises ValueError."""
     numbers = [float(part) for part in split.split("/")] if re.fullmatch(r"\d+(\.\d+)?/\d+(\.\d+)?", split) else []
     if len(numbers) != 2 or not sum(numbers):
-        raise ValueError(f"split is {split!r}; expected shares of train and test like 80/20")
+        raise ValueError(f"split is {split!r}; expected train/test like 80/20")
     return numbers[1] / sum(numbers)
 
 

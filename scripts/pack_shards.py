@@ -3,6 +3,7 @@
     python scripts/pack_shards.py PAIRS.jsonl OUT_DIR
     python scripts/pack_shards.py PICTURES/   OUT_DIR --language en
     python scripts/pack_shards.py PAIRS.jsonl OUT_DIR --split 75/25      (makes OUT_DIR/train and OUT_DIR/test)
+    python scripts/pack_shards.py PAIRS.jsonl OUT_DIR --split 80/20 --group patient_id --part train
 
 PAIRS.jsonl has one JSON object a line: `image`, the picture's path relative to the file, and `zh`, `en` or both, each a
 caption or a list of captions; other fields are kept.  In a folder, a picture a.jpg has its captions in a.zh.txt and
@@ -36,6 +37,7 @@ from tqdm import tqdm
 from data.decode import open_image, upright
 from data.scan import IMAGE_EXTENSIONS
 from data.source import BadSample
+from data.split import held_out_share, part_of
 
 LANGUAGES = ("zh", "en")
 PICTURES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
@@ -145,25 +147,28 @@ class Packer:
 
     rows: JsonlRows | FolderRows
     test_share: float | None
+    group: str | None
     shorter_side: int | None
 
     def check(self, i: int) -> Checked:
         part = ""
         try:
             record = self.rows.read(i)
-            part = self._part(record["image"])
+            part = self._part(record)
             _check_captions(record)
             self._picture(record)
         except LeftOut as row:
             return Checked(part, row.reason, row.detail)
         return Checked(part, "", "")
 
-    def _part(self, image: str) -> str:
-        """By a hash of the picture's name: rows of one picture stay together, and more rows move none."""
+    def _part(self, record: dict[str, Any]) -> str:
+        """By the picture's name, or a field like `patient_id`: what is equal in it stays together."""
         if self.test_share is None:
             return ""
-        place = int.from_bytes(sha256(image.encode("utf-8", "surrogatepass")).digest()[:8], "big") / 2**64
-        return "test" if place < self.test_share else "train"
+        group = record["image"] if self.group is None else record.get(self.group)
+        if isinstance(group, bool) or not isinstance(group, str | int) or group == "":
+            raise LeftOut("no group", f"field {self.group!r} is {group!r}")
+        return part_of(str(group), self.test_share)
 
     def _picture(self, record: dict[str, Any]) -> tuple[bytes, str]:
         """The picture's file and extension, seen to decode to the end."""
@@ -241,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folders = _folders(args)
     for folder in folders.values():
         _make_room(folder, args.overwrite)
-    packer = Packer(rows, args.split, args.resize)
+    packer = Packer(rows, args.split, args.group, args.resize)
     checked = list(_parallel(packer.check, range(len(rows.numbers)), args.workers, "checking", "row"))
     _report(rows, checked, args.out)
     jobs = []
@@ -313,6 +318,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--split", type=_test_share, metavar="75/25", help="train/test, by a hash of the picture's name"
     )
+    parser.add_argument("--group", metavar="FIELD", help="with --split: by this field of the JSONL, e.g. patient_id")
     parser.add_argument("--part", choices=("train", "test"), help="with --split: only this part, into OUT_DIR itself")
     parser.add_argument(
         "--resize", type=int, metavar="PIXELS", help="shrink larger pictures to this shorter side (JPEG)"
@@ -324,8 +330,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.source.exists():
         parser.error(f"{args.source} does not exist; expected a JSONL file or a folder of pictures")
-    if args.part and args.split is None:
-        parser.error("--part needs --split")
+    for name in ("part", "group"):
+        if getattr(args, name) and args.split is None:
+            parser.error(f"--{name} needs --split")
     for name in ("samples_per_shard", "workers", "resize"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}; expected 1 or more")
@@ -333,10 +340,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _test_share(text: str) -> float:
-    numbers = [float(part) for part in text.split("/")] if re.fullmatch(r"[\d.]+/[\d.]+", text) else []
-    if len(numbers) != 2 or min(numbers) < 0 or not sum(numbers):
-        raise argparse.ArgumentTypeError(f"{text!r}; expected train/test like 75/25")
-    return numbers[1] / sum(numbers)
+    try:
+        return held_out_share(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from data.batch import Dialogue, Turn
 from data.language import language_of
 from data.records import Malformed, as_object, files_of, read_rows
 from data.source import BadSample, RawDialogue
-from data.split import PARTS, part_of, test_share
+from data.split import PARTS, held_out_share, part_of
 
 log = logging.getLogger(__name__)
 
@@ -117,6 +117,8 @@ class ConversationSource:
 
     def check_image(self, reference: str) -> None:
         """Before anything is opened.  Raises Malformed."""
+        if "\0" in reference:
+            raise Malformed("picture", "a path", reference)
         if "://" in reference:
             raise Malformed("picture", "a path below image_root (addresses are not fetched)", reference)
         if os.path.isabs(reference) or os.path.normpath(reference).split(os.sep)[0] == os.pardir:
@@ -124,15 +126,15 @@ class ConversationSource:
 
     def open(self, reference: str, file: int, row: int) -> Any:
         """The picture's bytes.  Raises BadSample."""
-        root = self._roots[file].resolve()
-        path = (root / reference).resolve()  # follows links: what they point to has to lie below the root as well
-        if not path.is_relative_to(root):
-            raise BadSample("picture outside image_root", detail=str(path))
-        if not path.is_file():
-            raise BadSample("no image", detail=str(path))
         try:
+            root = self._roots[file].resolve()
+            path = (root / reference).resolve()  # follows links: what they point to has to lie below the root as well
+            if not path.is_relative_to(root):
+                raise BadSample("picture outside image_root", detail=str(path))
+            if not path.is_file():
+                raise BadSample("no image", detail=str(path))
             return path.read_bytes()
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
             raise BadSample("image cannot be read", detail=str(error)) from error
 
     # ------------------------------------------------------------------------------------------------ DialogueSource
@@ -293,4 +295,4 @@ def _checked_split(split: str | None, part: str | None, group: str | None) -> fl
         return None
     if part not in PARTS:
         raise ValueError(f"split is {split!r} and part {part!r}; expected part train or test")
-    return test_share(split)
+    return held_out_share(split)

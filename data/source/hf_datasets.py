@@ -113,7 +113,12 @@ class HfDataset(ColumnSource):
 
         feature = data.features[column]
         inner = feature.feature if isinstance(feature, List | Sequence) else feature
-        self._holds_pictures, self._is_list = isinstance(inner, Image), inner is not feature
+        self._is_list = inner is not feature
+        self._holds_pictures = (  # as Image, or as other tools write them: {bytes, path}, or bytes alone
+            isinstance(inner, Image)
+            or (isinstance(inner, Mapping) and set(inner) == {"bytes", "path"})
+            or getattr(inner, "dtype", None) in ("binary", "large_binary")
+        )
         if not self._holds_pictures:
             return data
         plain = Image(decode=False)

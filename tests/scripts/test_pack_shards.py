@@ -169,7 +169,7 @@ def test_nothing_to_pack_is_an_error(tmp_path: Path, pack) -> None:
     pack(file, tmp_path / "out")  # nothing of the failed attempt is in the way
     assert not (tmp_path / "out" / "left_out.jsonl").exists()
     assert "does not exist" in pack(tmp_path / "nothing.jsonl", tmp_path / "out", fails=True)
-    assert "expected train/test like 75/25" in pack(file, tmp_path / "out", "--split", "75", fails=True)
+    assert "expected train/test like 80/20" in pack(file, tmp_path / "out", "--split", "75", fails=True)
 
 
 def test_earlier_shards_are_not_overwritten_unless_told(tmp_path: Path, pack) -> None:

@@ -1,0 +1,283 @@
+"""Each format gives the dialogues it means, opens pictures late and below its root, and names what is malformed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.batch import Dialogue, Turn
+from data.language import language_of
+from data.source import BadSample
+from data.source.columns import ColumnSource
+from data.source.dialogue_shards import DialogueShards
+from data.source.jsonl_turns import JsonlTurns
+from data.source.llava_json import LlavaJson
+from data.source.shards import ShardSource
+from data.source.visualglm_json import VisualGLMJson
+from data.source.xrayglm_json import XrayGLMJson
+from tests.data.dialogue_files import everything, write_json, write_pictures
+from tests.data.shard_files import bilingual_members, jpeg, write_tar
+
+VISUALGLM = [
+    {"img": "a.jpg", "prompt": "背景里有什么内容？", "label": "蒙蒙细雨。"},
+    {"img": "b.jpg", "prompt": "What is it?", "label": " a dog "},
+    {"prompt": "Who are you?", "label": "I am a model."},
+]
+VISUALGLM_DIALOGUES = [
+    Dialogue((Turn("What is it?", "a dog", 1),), "en"),
+    Dialogue((Turn("Who are you?", "I am a model."),), "en"),
+    Dialogue((Turn("背景里有什么内容？", "蒙蒙细雨。", 1),), "zh"),
+]
+
+
+def dialogues(source: Any) -> list[Dialogue]:
+    return [dialogue for _, dialogue in everything(source)]
+
+
+# ------- formats
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_visualglm(tmp_path: Path, name: str) -> None:
+    write_pictures(tmp_path, ["a.jpg", "b.jpg"])
+    source = VisualGLMJson(path=str(write_json(tmp_path / name, VISUALGLM)))
+    assert source.languages == ("en", "zh") and dialogues(source) == VISUALGLM_DIALOGUES
+    assert [where for where, _ in everything(source)] == [f"{name}, row {n}" for n in (2, 3, 1)]
+    assert source.read("zh", 0).images == (jpeg(0),) and source.read("en", 0).images == (jpeg(1),)
+    assert source.read("en", 1).images == ()
+    assert source.read("zh", 0).key == "row 1"
+
+
+def test_a_byte_order_mark_a_glob_and_a_root_elsewhere(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "pictures", ["a.jpg", "b.jpg"])
+    for n in range(2):
+        file = write_json(tmp_path / f"{n}.json", VISUALGLM[n : n + 1])
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    source = VisualGLMJson(path=str(tmp_path / "*.json"), image_root=str(tmp_path / "pictures"), language="zh")
+    assert source.num_samples("zh") == 2 and source.languages == ("zh",)
+    assert source.read("zh", 1).images == (jpeg(1),)
+
+
+def test_xrayglm_asks_with_every_prompt(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "images", ["2_1.png", "3.png"])
+    annotations = [{"image_id": "2_1", "caption": "心影正常。"}, {"image_id": 3, "caption": "No effusion."}]
+    file = write_json(tmp_path / "openi.json", {"annotations": annotations})
+    prompts = {"zh": ["诊断？", "描述。"], "en": ["Findings?"]}
+    source = XrayGLMJson(path=str(file), image_root=str(tmp_path / "images"), prompts=prompts)
+    expected = tuple(Dialogue((Turn(prompt, "心影正常。", 1),), "zh") for prompt in prompts["zh"])
+    assert source.read("zh", 0).dialogues == source.dialogues("zh", 0) == expected
+    assert source.read("en", 0).images == (jpeg(1),)
+    with pytest.raises(ValueError, match="openi.json, row 1: field 'prompts': expected a prompt in 'zh'"):
+        XrayGLMJson(path=str(file), image_root=str(tmp_path / "images"), prompts={"en": ["Findings?"]})
+
+
+def test_llava(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["a.jpg", "b.jpg"])
+    rows = [
+        {
+            "image": "a.jpg",
+            "conversations": [
+                {"from": "human", "value": "<image>\nWhat is it?"},
+                {"from": "gpt", "value": "A dog."},
+                {"from": "human", "value": "Colour?"},
+                {"from": "gpt", "value": "Brown."},
+            ],
+        },
+        {
+            "images": ["a.jpg", "b.jpg"],
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Look: <image>"},
+                {"role": "assistant", "content": "Yes."},
+                {"role": "user", "content": "<image> And this?"},
+                {"role": "assistant", "content": "A cat."},
+            ],
+        },
+        {"image": "b.jpg", "conversations": [{"from": "human", "value": "它？"}, {"from": "gpt", "value": "狗。"}]},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]},
+    ]
+    source = LlavaJson(path=str(write_json(tmp_path / "llava.json", rows)))
+    assert dialogues(source) == [
+        Dialogue((Turn("What is it?", "A dog.", 1), Turn("Colour?", "Brown.")), "en"),
+        Dialogue((Turn("Be brief.\nLook:", "Yes.", 1), Turn("And this?", "A cat.", 1)), "en"),
+        Dialogue((Turn("Hi", "Hello."),), "en"),
+        Dialogue((Turn("它？", "狗。", 1),), "zh"),
+    ]
+    assert source.read("en", 1).images == (jpeg(0), jpeg(1))
+
+
+def test_jsonl_turns(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["a.jpg", "b.jpg"])
+    rows = [
+        {
+            "turns": [
+                {"question": "", "images": ["a.jpg", "b.jpg"], "answer": "two"},
+                {"question": "More?", "answer": "no"},
+                {"question": "This?", "image": "a.jpg", "answer": "one"},
+            ]
+        },
+        {"turns": [{"question": "1 + 1?", "answer": "2"}], "language": "zh"},
+    ]
+    source = JsonlTurns(path=str(write_json(tmp_path / "turns.jsonl", rows)))
+    assert dialogues(source) == [
+        Dialogue((Turn("", "two", 2), Turn("More?", "no"), Turn("This?", "one", 1)), "en"),
+        Dialogue((Turn("1 + 1?", "2"),), "zh"),
+    ]
+    assert source.read("en", 0).images == (jpeg(0), jpeg(1), jpeg(0))
+
+
+def test_columns(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["a.jpg"])
+    rows = [{"file": "a.jpg", "q": "How many?", "a": 2, "lang": "fr"}, {"file": None, "q": "Oui?", "a": "non"}]
+    columns = {"image": "file", "question": "q", "answer": "a", "language": "lang"}
+    source = ColumnSource(path=str(write_json(tmp_path / "rows.jsonl", rows)), columns=columns)
+    assert dialogues(source) == [
+        Dialogue((Turn("Oui?", "non"),), "en"),
+        Dialogue((Turn("How many?", "2", 1),), "fr"),
+    ]
+    asked = ColumnSource(
+        path=str(tmp_path / "rows.jsonl"), columns={"answer": "a"}, language="en", prompts={"en": ["A?", "B?"]}
+    )
+    assert [d.turns[0].question for d in asked.dialogues("en", 0)] == ["A?", "B?"]
+    for wrong, message in [
+        ({"images": "file", "answer": "a"}, "columns.images means nothing.*perhaps image"),
+        ({"image": "file", "question": "q"}, "expected answer"),
+        ({"answer": "a"}, "who asks"),
+        ({"turns": "t", "answer": "a"}, "instead of question and answer"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ColumnSource(path=str(tmp_path / "rows.jsonl"), columns=wrong)
+
+
+def test_shards_become_dialogues(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", bilingual_members(range(3)))
+    shards = ShardSource(str(tmp_path), caption_fields={"zh": "zh", "en": "en"})
+    source = DialogueShards(shards, {"zh": ["描述？"], "en": ["What?", "Describe."]})
+    found = source.read("en", 1)
+    assert found.dialogues == tuple(
+        Dialogue((Turn(question, "picture number 1", 1),), "en") for question in ("What?", "Describe.")
+    )
+    assert found.images == (jpeg(1),) and (found.key, found.shard) == ("00001", str(tmp_path / "a.tar"))
+    assert source.dialogues("en", 1) == found.dialogues and not source.scans
+    with pytest.raises(ValueError, match=r"captions in \['zh'\], prompts has \['en'\]"):
+        DialogueShards(shards, {"en": ["What?"]})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("What is it?", "en"),
+        ("这是什么？", "zh"),
+        ("CT 显示肺部感染", "zh"),
+        ("The word 龙 means dragon", "en"),
+        ("1", "en"),
+    ],
+)
+def test_language_by_script(text: str, expected: str) -> None:
+    assert language_of(text) == expected
+
+
+# ------- what is malformed
+
+
+LINE = {"from": "human", "value": "Hi"}
+ANSWER = {"from": "gpt", "value": "Hello"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        (VisualGLMJson, {"img": "a.jpg", "prompt": "q"}, r"'label': expected text, no such field among \['img', "),
+        (VisualGLMJson, {"prompt": "q", "label": "  "}, "'label': expected text that is not empty"),
+        (VisualGLMJson, {"prompt": "q", "label": None}, "'label': expected text, found null"),
+        (VisualGLMJson, {"img": 3, "prompt": "q", "label": "a"}, "'img': expected a path, or a list of paths, found 3"),
+        (VisualGLMJson, ["q", "a"], "expected an object with named fields"),
+        (VisualGLMJson, {"img": "../a.jpg", "prompt": "q", "label": "a"}, "below image_root, found \"../a.jpg\""),
+        (VisualGLMJson, {"img": "x/../../a.jpg", "prompt": "q", "label": "a"}, "below image_root"),
+        (VisualGLMJson, {"img": "/etc/passwd", "prompt": "q", "label": "a"}, "below image_root"),
+        (VisualGLMJson, {"img": "http://x.org/a.jpg", "prompt": "q", "label": "a"}, "addresses are not fetched"),
+        (VisualGLMJson, {"prompt": "q", "label": "a", "language": 3}, "'language': expected a language"),
+        (LlavaJson, {"conversations": []}, "'conversations': expected a list of what was said"),
+        (LlavaJson, {"conversations": [LINE]}, "an answer last, found \"1 lines\""),
+        (LlavaJson, {"conversations": [LINE, LINE]}, r"'conversations\[0\]': expected human, then gpt"),
+        (LlavaJson, {"conversations": [{"from": "dog", "value": "x"}, ANSWER]}, r"\[0\].from': expected one"),
+        (LlavaJson, {"conversations": [LINE, {"from": "gpt"}]}, r"'conversations\[1\].value': expected text"),
+        (LlavaJson, {"conversations": [{**LINE, "value": "<image>"}, ANSWER]}, "<image> 0 times, .*1 times"),
+        (LlavaJson, {"conversations": [LINE, {**ANSWER, "value": "<image>"}]}, "an answer without <image>"),
+        (LlavaJson, {"conversations": [LINE, {**ANSWER, "value": ""}]}, "'answer of turn 1'"),
+        (JsonlTurns, {"turns": {}}, "'turns': expected a list of questions and answers"),
+        (JsonlTurns, {"turns": [{"question": "q"}]}, r"'turns\[0\].answer': expected text, found no such field"),
+        (JsonlTurns, {"turns": [{"question": " ", "answer": "a"}]}, "'question': expected text that is not empty"),
+    ],
+)  # fmt: skip
+def test_a_malformed_row_is_named(tmp_path: Path, kind: Any, row: object, message: str) -> None:
+    good = {"prompt": "q", "label": "a", "conversations": [LINE, ANSWER], "turns": [{"question": "q", "answer": "a"}]}
+    file = write_json(tmp_path / "rows.jsonl", [good, good, row])
+    with pytest.raises(ValueError, match=f"rows.jsonl, row 3: field .*{message}"):
+        kind(path=str(file))
+    source = kind(path=str(file), malformed="skip")
+    assert (source.num_samples("en"), source.left_out) == (2, 1)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    (tmp_path / "cut.json").write_text('[{"prompt": "q", ')
+    (tmp_path / "line.jsonl").write_text('{"prompt": "q", "label": "a"}\n{"prompt"\n')
+    (tmp_path / "gbk.json").write_bytes('[{"prompt": "问", "label": "答"}]'.encode("gbk"))
+    (tmp_path / "number.json").write_text("3")
+    (tmp_path / "empty.json").write_text("[]")
+    for name, message in [
+        ("cut.json", "cut.json: expected a JSON list, found"),
+        ("line.jsonl", "line.jsonl, row 2: expected a JSON value"),
+        ("gbk.json", "gbk.json: not UTF-8 at byte .*iconv -f GBK"),
+        ("number.json", "number.json: expected a JSON list or JSON lines, found 3"),
+        ("empty.json", "no conversation in .*empty.json"),
+        ("none.json", "no file at"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            VisualGLMJson(path=str(tmp_path / name))
+
+
+# ------- pictures
+
+
+def test_a_missing_picture_is_a_bad_sample_and_no_error_at_the_start(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["b.jpg"])
+    source = VisualGLMJson(path=str(write_json(tmp_path / "data.json", VISUALGLM)))
+    with pytest.raises(BadSample) as bad:
+        source.read("zh", 0)
+    assert (bad.value.reason, bad.value.key) == ("no image", "row 1") and bad.value.shard.endswith("data.json")
+    (tmp_path / "b.jpg").unlink()
+    with pytest.raises(ValueError, match="none of 2 pictures looked for is there.*image_root"):
+        VisualGLMJson(path=str(tmp_path / "data.json"))
+
+
+def test_a_link_out_of_the_root_is_not_followed(tmp_path: Path) -> None:
+    write_pictures(tmp_path, ["outside.jpg", "root/b.jpg"])
+    (tmp_path / "root" / "a.jpg").symlink_to(tmp_path / "outside.jpg")
+    source = VisualGLMJson(path=str(write_json(tmp_path / "root" / "data.json", VISUALGLM)))
+    with pytest.raises(BadSample, match="picture outside image_root"):
+        source.read("zh", 0)
+
+
+def test_words_open_nothing(tmp_path: Path) -> None:
+    """VisualGLM opens what stands between <img> and </img> in the text of anybody."""
+    write_pictures(tmp_path, ["a.jpg"])
+    text = f"<img>{tmp_path / 'a.jpg'}</img> file://{tmp_path / 'a.jpg'}"
+    source = VisualGLMJson(path=str(write_json(tmp_path / "data.json", [{"prompt": text, "label": "a"}])))
+    found = source.read("en", 0)
+    assert found.images == () and found.dialogues == (Dialogue((Turn(text, "a"),), "en"),)
+
+
+def test_pictures_are_opened_when_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_pictures(tmp_path, [f"{n}.jpg" for n in range(200)])
+    rows = [{"img": f"{n}.jpg", "prompt": "q", "label": "a"} for n in range(200)]
+    opened = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: opened.append(path.name) or read_bytes(path))
+    source = VisualGLMJson(path=str(write_json(tmp_path / "data.json", rows)))
+    [source.dialogues("en", i) for i in range(200)]
+    assert len(opened) <= 1
+    source.read("en", 7)
+    assert opened[-1] == "7.jpg" and len(opened) <= 2

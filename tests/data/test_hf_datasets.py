@@ -1,0 +1,103 @@
+"""Hugging Face `datasets` as dialogues: pictures inside or beside, one or several, opened when asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.batch import Dialogue, Turn
+from data.source import BadSample
+from data.source.hf_datasets import HfDataset
+from tests.data.dialogue_files import everything, write_pictures
+from tests.data.shard_files import jpeg
+
+TEXTS = {"q": ["What?", "谁？", "Why?"], "a": ["A dog.", "狗。", "So."], "patient": ["p", "q", "p"]}
+COLUMNS = {"image": "picture", "question": "q", "answer": "a"}
+EXPECTED = [
+    ("row 1", Dialogue((Turn("What?", "A dog.", 1),), "en")),
+    ("row 3", Dialogue((Turn("Why?", "So."),), "en")),
+    ("row 2", Dialogue((Turn("谁？", "狗。", 1),), "zh")),
+]
+
+
+def dataset(pictures: list, feature: Any) -> Any:
+    from datasets import Dataset, Features, Value
+
+    features = Features({**{name: Value("string") for name in TEXTS}, "picture": feature})
+    return Dataset.from_dict({**TEXTS, "picture": pictures}, features=features)
+
+
+def rows(source: Any) -> list[tuple[str, Dialogue]]:
+    return [(where.rpartition(", ")[2], dialogue) for where, dialogue in everything(source)]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "parquet folder", "folder", "bytes"])
+def test_pictures_inside(tmp_path: Path, kind: str) -> None:
+    from datasets import Image, Value
+
+    if kind == "bytes":
+        data = dataset([jpeg(0), jpeg(1), None], Value("binary"))
+    else:
+        data = dataset([{"bytes": jpeg(0), "path": None}, {"bytes": jpeg(1), "path": None}, None], Image())
+    (tmp_path / "set").mkdir()
+    if kind == "folder":
+        data.save_to_disk(tmp_path / "set")
+    else:
+        data.to_parquet(tmp_path / "set" / "part.parquet")
+    path = tmp_path / "set" / ("part.parquet" if kind == "parquet" else "")
+    source = HfDataset(path=str(path), columns=COLUMNS, cache_dir=str(tmp_path / "cache"))
+    assert rows(source) == EXPECTED
+    assert source.read("en", 0).images == (jpeg(0),) and source.read("zh", 0).images == (jpeg(1),)
+    assert source.read("en", 1).images == ()
+    grouped = HfDataset(
+        path=str(path), columns=COLUMNS, cache_dir=str(tmp_path / "cache"), split="1/1", part="train", group="patient"
+    )
+    assert {grouped.group_of(n, i) for n in grouped.languages for i in range(grouped.num_samples(n))} in ({"p"}, {"q"})
+
+
+def test_several_pictures_a_row_and_turns(tmp_path: Path) -> None:
+    from datasets import Dataset, Features, Image, List, Value
+
+    said = [{"from": "human", "value": "<image><image> Which?"}, {"from": "gpt", "value": "Both."}]
+    files = [{"bytes": jpeg(n), "path": None} for n in range(2)]
+    features = Features({"pics": List(Image()), "said": List({"from": Value("string"), "value": Value("string")})})
+    Dataset.from_dict({"pics": [files], "said": [said]}, features=features).save_to_disk(tmp_path / "set")
+    source = HfDataset(path=str(tmp_path / "set"), columns={"image": "pics", "turns": "said"})
+    assert rows(source) == [("row 1", Dialogue((Turn("Which?", "Both.", 2),), "en"))]
+    assert source.read("en", 0).images == (jpeg(0), jpeg(1))
+
+
+def test_paths_in_a_column_of_text_or_of_pictures(tmp_path: Path) -> None:
+    from datasets import Value
+
+    write_pictures(tmp_path / "set", ["a.jpg", "b.jpg"])
+    dataset(["a.jpg", "b.jpg", None], Value("string")).to_parquet(tmp_path / "set" / "text.parquet")
+    source = HfDataset(path=str(tmp_path / "set"), columns=COLUMNS, cache_dir=str(tmp_path / "cache"))
+    assert rows(source) == EXPECTED and source.read("zh", 0).images == (jpeg(1),)
+
+    write_pictures(tmp_path, ["outside.jpg"])
+    paths = [{"bytes": None, "path": path} for path in ("a.jpg", str(tmp_path / "outside.jpg"), "none.jpg")]
+    dataset(paths, {"bytes": Value("binary"), "path": Value("string")}).to_parquet(tmp_path / "set2" / "inside.parquet")
+    source = HfDataset(
+        path=str(tmp_path / "set2" / "*.parquet"),
+        columns=COLUMNS,
+        image_root=str(tmp_path / "set"),
+        cache_dir=str(tmp_path / "cache"),
+    )
+    assert source.read("en", 0).images == (jpeg(0),)
+    for language, index, reason in [("zh", 0, "picture outside image_root"), ("en", 1, "no image")]:
+        with pytest.raises(BadSample) as bad:
+            source.read(language, index)
+        assert bad.value.reason == reason
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    from datasets import Value
+
+    dataset(["a.jpg"] * 3, Value("string")).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"has no column \['pic'\]; it has .*'picture'"):
+        HfDataset(path=str(tmp_path / "set"), columns={**COLUMNS, "image": "pic"})
+    with pytest.raises(ValueError, match=r"has no column \['study'\]"):
+        HfDataset(path=str(tmp_path / "set"), columns=COLUMNS, split="1/1", part="train", group="study")
