@@ -10,6 +10,7 @@ import logging
 import os
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -176,7 +177,7 @@ def _load(file: Path, size: int) -> StreamLengths | None:
     try:
         with np.load(file, allow_pickle=False) as kept:
             tokens, counts = kept["tokens"], kept["counts"].tolist()
-    except (OSError, ValueError, KeyError, EOFError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
     if len(tokens) != size:
         return None

@@ -189,7 +189,7 @@ ANSWER = {"from": "gpt", "value": "Hello"}
 @pytest.mark.parametrize(
     ("kind", "row", "message"),
     [
-        (VisualGLMJson, {"img": "a.jpg", "prompt": "q"}, r"'label': expected text, no such field among \['img', "),
+        (VisualGLMJson, {"img": "a.jpg", "prompt": "q"}, r"'label': expected text, found no such field among \['img"),
         (VisualGLMJson, {"prompt": "q", "label": "  "}, "'label': expected text that is not empty"),
         (VisualGLMJson, {"prompt": "q", "label": None}, "'label': expected text, found null"),
         (VisualGLMJson, {"img": 3, "prompt": "q", "label": "a"}, "'img': expected a path, or a list of paths, found 3"),
