@@ -9,6 +9,7 @@ An adapter is asked twice: `prepare` before the starting weights come, `attach` 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from torch import nn
 
 from model.quantise import quantise_linears, shape_like_quantised
 from model.visual_chat import VisualChatModel
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an optional kernel at every start
 
 NAME = "default"  # peft's name for an adapter without one; it is in no file
 PARTS = ("llm", "qformer", "projection", "vision")

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor, nn
 
 
+BLOCK = 64  # weights that share a scale
+
+
 def shape_like_quantised(
     network: nn.Module, targets: Sequence[str], *, device: torch.device, double_quantisation: bool = True
 ) -> None:
@@ -57,6 +60,11 @@ def nf4_class() -> Any:
         """
 
         def __init__(self, like: nn.Linear, *, device: torch.device, double_quantisation: bool) -> None:
+            if device.type == "cpu" and like.in_features % BLOCK:
+                raise ValueError(
+                    f"a linear map of {like.in_features} inputs cannot be kept in 4 bits on a CPU, where bitsandbytes "
+                    f"reads blocks of {BLOCK} wrongly unless they end with a row: make the widths multiples of {BLOCK}"
+                )
             super().__init__(
                 like.in_features,
                 like.out_features,

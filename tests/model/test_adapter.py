@@ -1,0 +1,244 @@
+"""LoRA and QLoRA: what trains, what is saved, that peft alone reads it, and 4-bit weights as they arrive."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.adapter import Adapter, Lora, NoAdapter, QLora, refuse_empty
+from model.visual_chat import VisualChatModel
+from model.weights import adapter_folder
+from model.weights.checkpoint import from_tensors
+from model.weights.filling import Part, fill
+from tests.tiny_chat import batch_of, tiny_chat, train_pieces
+
+CPU = torch.device("cpu")
+WIDE = {"hidden_size": 64, "inner_size": 128, "initial_std": 0.15}  # on a CPU 4 bits need multiples of 64
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_pieces(tmp_path_factory.mktemp("pieces") / "ice_text.model")
+
+
+def chat(pieces: Path, **options: Any) -> VisualChatModel:
+    return tiny_chat(pieces, **{"llm": WIDE, **options})
+
+
+def adapted(pieces: Path, adapter: Adapter, **options: Any) -> VisualChatModel:
+    model = chat(pieces, **options)
+    adapter.prepare(model, device=CPU)
+    adapter.attach(model, device=CPU)
+    return model
+
+
+def learnt(model: VisualChatModel) -> dict[str, Tensor]:
+    """Every trainable tensor moved a little, as a training leaves them.  -> what a checkpoint would hold"""
+    torch.manual_seed(1)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in trained.values():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return {name: p.detach().clone() for name, p in trained.items()}
+
+
+def logits(model: VisualChatModel) -> Tensor:
+    with torch.no_grad():
+        return model.eval().predict(batch_of(model)).logits_TV
+
+
+def trained_names(model: nn.Module) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# ------------------------------------------------------------------------------------------------ what it adapts
+
+
+def test_a_new_adapter_changes_nothing_and_sits_on_every_map_of_every_block(pieces: Path) -> None:
+    expected = logits(chat(pieces))
+    model = adapted(pieces, Lora(rank=3), train_qformer=False, train_projection=False)
+    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
+    places = {name.split(".lora_")[0] for name in trained_names(model)}
+    maps = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    assert places == {f"llm.network.transformer.layers.{i}.{name}" for i in range(3) for name in maps}
+    config = adapter_folder.adapted(model)["llm"]
+    assert (config.r, config.lora_alpha) == (3, 6) and len(trained_names(model)) == 2 * len(places)
+    assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
+
+
+def test_layers_and_maps_that_are_asked_for(pieces: Path) -> None:
+    model = adapted(pieces, Lora(layer_range=(1, 2), target_modules=["dense"]), train_qformer=False)
+    places = {name.split(".lora_")[0] for name in trained_names(model) if "lora_" in name}
+    assert places == {"llm.network.transformer.layers.1.attention.dense"}
+    model = adapted(pieces, Lora(target_modules=["lm_head"]))
+    assert {n.split(".lora_")[0] for n in trained_names(model) if "lora_" in n} == {"llm.network.lm_head"}
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": ["q_proj"]}, r"no linear map is called \['q_proj'\]; \['dense', 'dense_4h_to_h'"),
+        ({"layer_range": (0, 4)}, r"\[0, 4\); the language model has blocks 0 to 2"),
+        ({"layer_range": (2, 2)}, r"\[2, 2\)"),
+    ],
+)
+def test_wrong_places_are_named(pieces: Path, options: Mapping[str, Any], expected: str) -> None:
+    with pytest.raises(ValueError, match=expected):
+        adapted(pieces, Lora(**options))
+
+
+def test_options_that_cannot_be_meant() -> None:
+    for options, expected in (
+        ({"rank": 0}, "rank is 0"),
+        ({"parts": ["llm", "vit"]}, "can hold llm, qformer"),
+        ({"layer_range": [0, 14, 2]}, "two numbers"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            Lora(**options)  # type: ignore[arg-type]
+
+
+def test_adapters_on_every_part_get_gradients_and_nothing_else_does(pieces: Path) -> None:
+    model = adapted(pieces, Lora(rank=2, parts=("llm", "qformer", "projection", "vision")))
+    learnt(model)
+    model.train().predict(batch_of(model)).logits_TV.square().sum().backward()
+    assert {name.split(".")[0] for name in trained_names(model)} == {"llm", "qformer", "projection", "vision"}
+    for name, parameter in model.named_parameters():
+        assert ("lora_" in name) == parameter.requires_grad == (parameter.grad is not None), name
+        assert parameter.grad is None or parameter.grad.any(), name
+
+
+# --------------------------------------------------------------------------------------------------------- on disk
+
+KINDS = {
+    "lora": Lora(rank=4),
+    "rslora": Lora(rank=4, alpha=3.0, rslora=True, target_modules=["query_key_value"]),
+    "dora": Lora(rank=4, dora=True, layer_range=(1, 3)),
+    "qlora": QLora(rank=4),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_alone_reads_what_was_saved(pieces: Path, tmp_path: Path, kind: str) -> None:
+    from peft import PeftModel
+
+    from model.quantise import quantise_linears
+
+    model = adapted(pieces, KINDS[kind], train_qformer=False, train_projection=False)
+    before = logits(model)
+    folder = adapter_folder.save(model, learnt(model), tmp_path / "adapter", base_model="weights/chatglm-6b")
+    expected = logits(model)
+    assert (expected - before).abs().max() > 0.1
+    bare = chat(pieces)
+    if kind == "qlora":
+        quantise_linears(bare.llm.network, bare.llm.lora_targets, device=CPU)
+    PeftModel.from_pretrained(bare.llm.network, str(folder))
+    torch.testing.assert_close(logits(bare), expected, atol=1e-6, rtol=1e-6)
+    assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "queqiao.json"}
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "weights/chatglm-6b"
+
+
+def test_what_trained_beside_it_comes_along(pieces: Path, tmp_path: Path) -> None:
+    adapter = Lora(rank=2, parts=("llm", "projection", "vision"))
+    model = adapted(pieces, adapter)
+    folder = adapter_folder.save(model, learnt(model), tmp_path / "adapter", base_model="base")
+    about = json.loads((folder / "queqiao.json").read_text())
+    assert about["adapters"] == {"llm": ".", "projection": "projection", "vision": "vision"}
+    assert (about["template"], about["qkv_order"], about["base_model"]) == ("ChatGLMCodec", "per_head", "base")
+    assert about["trained"]["parts"] == ["ln_vision", "qformer"]
+    expected = logits(model)
+    again = chat(pieces)
+    adapter_folder.load(again, folder)
+    torch.testing.assert_close(logits(again), expected, atol=0, rtol=0)
+    going_on = adapted(pieces, Lora(rank=2, parts=adapter.parts, start=str(folder)))
+    torch.testing.assert_close(logits(going_on), expected, atol=0, rtol=0)
+    assert trained_names(going_on) == trained_names(model)
+
+
+def test_adapters_that_do_not_fit_are_refused(pieces: Path, tmp_path: Path) -> None:
+    model = adapted(pieces, Lora(rank=2))
+    folder = adapter_folder.save(model, learnt(model), tmp_path / "adapter")
+    with pytest.raises(ValueError, match="does not fit this model's llm"):
+        adapted(pieces, Lora(rank=3, start=str(folder)))
+    with pytest.raises(ValueError, match="holds no adapter"):
+        adapter_folder.load(chat(pieces), tmp_path)
+    about = json.loads((folder / "queqiao.json").read_text())
+    (folder / "queqiao.json").write_text(json.dumps({**about, "qkv_order": "blocks"}))
+    with pytest.raises(ValueError, match="rows 'blocks', this model has 'per_head'"):
+        adapter_folder.load(chat(pieces), folder)
+
+
+# ----------------------------------------------------------------------------------------------------------- 4 bits
+
+
+def test_qlora_learns_on_a_cpu_and_nothing_but_adapters_changes(pieces: Path) -> None:
+    model = adapted(pieces, QLora(rank=4), train_qformer=False, train_projection=False)
+    batch = batch_of(model)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    packed = [n for n, p in frozen.items() if p.dtype == torch.uint8]
+    assert len(packed) == 12 and all("layers" in name and "base_layer.weight" in name for name in packed)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(12):
+        logits(model)  # evaluating in between must not repack the weights
+        found = model.train().predict(batch)
+        loss = nn.functional.cross_entropy(found.logits_TV, found.label_T)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0], losses
+    for name, before in frozen.items():
+        assert torch.equal(model.get_parameter(name), before), name
+
+
+def test_four_bits_are_near_the_weights_and_are_what_computes(pieces: Path) -> None:
+    whole, model = chat(pieces), adapted(pieces, QLora(rank=4))
+    name = "transformer.layers.1.mlp.dense_h_to_4h"
+    linear: Any = whole.llm.network.get_submodule(name)
+    quantised: Any = model.llm.network.get_submodule(name).base_layer
+    error = (quantised.whole_weight() - linear.weight).abs().max() / linear.weight.abs().max()
+    assert 0.05 < error < 0.17  # half of NF4's widest gap is 0.152
+    x = torch.randn(5, 64)
+    expected = nn.functional.linear(x, quantised.whole_weight(), linear.bias)
+    torch.testing.assert_close(quantised(x), expected, atol=1e-5, rtol=1e-5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert quantised(x).dtype == torch.bfloat16
+    torch.testing.assert_close(quantised(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_weights_are_quantised_as_they_arrive(pieces: Path) -> None:
+    source = chat(pieces)
+    tensors = {name: p.detach() for name, p in source.named_parameters()}
+    expected = logits(adapted(pieces, QLora(rank=4)))
+    model = chat(pieces, llm={**WIDE, "device": "meta", "initial_std": None})
+    adapter = QLora(rank=4)
+    adapter.prepare(model, device=CPU)
+    with pytest.raises(ValueError, match=r"came from no checkpoint \(first: llm.network"):
+        refuse_empty(model)
+    with pytest.raises(ValueError, match="do not fit"):
+        fill(model, from_tensors({"x": torch.zeros(2)}), [Part("llm.network.lm_head.weight", ("x",), "llm")])
+    fill(model, from_tensors(tensors), [Part(name, (name,), "everything") for name in tensors])
+    kinds = {type(module).__name__ for module in model.llm.network.modules() if isinstance(module, nn.Linear)}
+    assert kinds == {"NF4Linear", "Linear"}  # the output head stays whole
+    adapter.attach(model, device=CPU)
+    torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
+
+
+def test_widths_that_bitsandbytes_reads_wrongly_on_a_cpu_are_refused(pieces: Path) -> None:
+    """0.50.2 dequantises rows that are no multiple of 64 with the scales of others."""
+    with pytest.raises(ValueError, match="32 inputs cannot be kept in 4 bits on a CPU"):
+        adapted(pieces, QLora(), llm={})
+
+
+def test_no_adapter_leaves_the_model_alone(pieces: Path) -> None:
+    expected = trained_names(chat(pieces))
+    model = adapted(pieces, NoAdapter())
+    assert trained_names(model) == expected and not any("lora_" in name for name, _ in model.named_parameters())
+    for adapter, reason in ((QLora(), "4 bits"), (Lora(dora=True), "dora")):
+        with pytest.raises(ValueError, match=reason):
+            adapter.check_zero3()
