@@ -35,7 +35,7 @@ COLOURS = {
     "green": ("green", "绿色", (44, 150, 66)),
     "blue": ("blue", "蓝色", (38, 92, 214)),
     "purple": ("purple", "紫色", (136, 58, 172)),
-    "black": ("black", "黑色", (34, 34, 38)),
+    "pink": ("pink", "粉色", (255, 158, 192)),
     "white": ("white", "白色", (252, 252, 252)),
 }
 SHAPES = {
@@ -48,6 +48,7 @@ SHAPES = {
 }
 # name: (English, Chinese, radius as a share of the picture's side)
 SIZES = {"small": ("small", "小", 0.115), "large": ("large", "大", 0.18)}
+OUTLINE = (24, 24, 28)  # the same for all colours: a shape is then the same lines whatever it is filled with
 BACKGROUNDS = ((206, 220, 232), (222, 214, 200), (204, 224, 206), (228, 208, 216), (214, 214, 222))
 
 # arrangement -> where its objects' centres are, in shares of the side
@@ -227,7 +228,7 @@ class SceneSource:
 
     def fingerprint(self) -> Mapping[str, Any]:
         """Equal for sources that hold the same samples."""
-        rules = [SHAPES, COLOURS, SIZES, BACKGROUNDS, ARRANGEMENTS, PHRASINGS, HELD_OUT_SHARE]
+        rules = [SHAPES, COLOURS, SIZES, OUTLINE, BACKGROUNDS, ARRANGEMENTS, PHRASINGS, HELD_OUT_SHARE]
         return {
             "kind": "scenes",
             "split": self.split,
@@ -308,8 +309,7 @@ def draw(scene: Scene, random_: random.Random, image_size: int) -> Image.Image:
         centre = (side * (x + random_.uniform(-0.012, 0.012)), side * (y + random_.uniform(-0.012, 0.012)))
         radius = side * SIZES[thing.size][2] * crowding * random_.uniform(0.97, 1.03)
         fill = tuple(min(255, max(0, value + random_.randint(-8, 8))) for value in COLOURS[thing.colour][2])
-        edge = tuple(int(value * 0.62) for value in fill)
-        pen.polygon(_outline(thing.shape, centre, radius), fill=fill, outline=edge, width=max(1, round(scale * 0.75)))
+        pen.polygon(_outline(thing.shape, centre, radius), fill=fill, outline=OUTLINE, width=round(scale * 1.25))
     return image.resize((image_size, image_size), Image.Resampling.LANCZOS)
 
 
