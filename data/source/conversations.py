@@ -134,7 +134,7 @@ class ConversationSource:
             if not path.is_file():
                 raise BadSample("no image", detail=str(path))
             return path.read_bytes()
-        except (OSError, RuntimeError) as error:  # RuntimeError: links in a circle, before Python 3.13
+        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name that is none
             raise BadSample("image cannot be read", detail=str(error)) from error
 
     # ------------------------------------------------------------------------------------------------ DialogueSource

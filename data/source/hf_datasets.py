@@ -13,7 +13,6 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from data.records import Malformed
 from data.source import BadSample
 from data.source.columns import ColumnSource
 
@@ -84,10 +83,6 @@ class HfDataset(ColumnSource):
             raise BadSample("no image")
         if cell.get("bytes"):
             return cell["bytes"]
-        try:
-            super().check_image(cell["path"])
-        except Malformed as error:
-            raise BadSample("picture outside image_root", detail=str(error)) from error
         return super().open(cell["path"], file, row)
 
     def _load(self) -> Any:

@@ -51,7 +51,10 @@ class EveryTurn(LetterDialogueCodec):
 
 
 class MemoryDialogues:
-    """Dialogue `index` has an answer of its own length; every third has a picture; `bad` ones miss theirs."""
+    """An answer of its own length for every index, two questions to draw from, a picture with every third.
+
+    `bad` ones miss theirs.
+    """
 
     scans = True
 
@@ -64,7 +67,7 @@ class MemoryDialogues:
 
     def dialogues(self, language: str, index: int) -> tuple[Dialogue, ...]:
         answer = f"{self.name} {language} {index} " + "x" * (index * 7919 % self.longest)
-        return (Dialogue((Turn("what?", answer, int(index % 3 == 0)),), language),)
+        return tuple(Dialogue((Turn(q, answer, int(index % 3 == 0)),), language) for q in ("what?", "whom?"))
 
     def where(self, language: str, index: int) -> str:
         return f"{self.name}.json, row {index}"
