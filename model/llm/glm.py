@@ -199,6 +199,9 @@ def glm(
     config = glm_config(**sizes, initial_std=initial_std or 0.0)
     with torch.device(device), no_init_weights() if initial_std is None else nullcontext():
         network = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    rotary = network.model.rotary_emb
+    with torch.device("cpu"):  # no checkpoint brings its frequencies: on the meta device they would stay there
+        network.model.rotary_emb = type(rotary)(config)
     return Glm(network.requires_grad_(not frozen).eval(), codec=codec, checkpoint_activations=checkpoint_activations)
 
 

@@ -149,8 +149,8 @@ def to_transformers(checkpoint: Checkpoint, config: Any) -> Checkpoint:
             continue
         if entry.num_rows and shape[0] != sum(entry.num_rows):
             raise ValueError(
-                f"{entry.theirs} is {list(shape)} in {checkpoint.path}; {' + '.join(map(str, entry.num_rows))} rows are "
-                f"what q, k and v of this model have: is the number of heads or of their groups another?"
+                f"{entry.theirs} is {list(shape)} in {checkpoint.path}; q, k and v of this model have "
+                f"{' + '.join(map(str, entry.num_rows))} rows: is the number of heads or of their groups another?"
             )
         start = 0
         for name, count in zip(entry.ours, entry.num_rows or shape[:1], strict=True):
@@ -197,6 +197,8 @@ def load(model: nn.Module, folder: Path, *, prefix: str = "") -> LoadReport:
     names = [prefix + name for name, _ in network.named_parameters()]
     parts = [Part(name, (name,), LANGUAGE_MODEL) for name in names]
     report = fill(model, checkpoint.with_prefix(prefix), parts, must=(LANGUAGE_MODEL,))
+    if config.tie_word_embeddings:
+        network.tie_weights()  # a head on the meta device has not seen the words arrive
     left = [name.removeprefix(prefix) for name in report.ignored if not name.endswith("inv_freq")]
     if left:
         report.notes.append(f"not part of this model: {', '.join(sorted(left)[:5])}{' ...' if len(left) > 5 else ''}")
@@ -213,8 +215,9 @@ def convert(
 ) -> Path:
     """Writes the folder `source`, of either layout, as `target` in the layout asked for, in safetensors.
 
-    One shard is in memory at a time.  Numbers keep their precision.  The tokenizer and the licence come along, code does
-    not; a transformers folder is one that `GlmForCausalLM.from_pretrained` reads.
+    One shard is in memory at a time.  Numbers keep their precision.  The tokenizer and the licence come along, code
+    does not; a transformers folder is one that `GlmForCausalLM.from_pretrained` reads.
+
     Raises:
         ValueError: a target that is not empty, another model, or tensors that are missing.
     """

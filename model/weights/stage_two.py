@@ -7,7 +7,8 @@ from pathlib import Path
 from torch import nn
 
 from model import weights
-from model.weights import chatglm_folder, ours, sat
+from model.llm.glm import Glm
+from model.weights import chatglm_folder, glm, ours, sat
 from model.weights.filling import LoadReport
 from model.weights.visualglm import QkvOrder
 
@@ -28,7 +29,7 @@ def initialise(
     Args:
         all, vision, qformer: BLIP-2 of LAVIS or transformers, as in stage one (`model.weights.initialise`).
         stage_one: a run of stage one, or a checkpoint of it: Q-Former and ln_vision, and the encoder where it trained.
-        llm: a Hugging Face folder of ChatGLM-6B.
+        llm: a Hugging Face folder of ChatGLM-6B; or of ChatGLM2, ChatGLM3, GLM-4, original or transformers' GLM.
         visualglm: VisualGLM-6B, as SAT's folder or Hugging Face's: everything.
         qkv_order: "blocks" or "per_head", asked for by `llm` and `visualglm`; see `visualglm.resolve_order`.
     Returns:
@@ -45,6 +46,8 @@ def initialise(
             raise ValueError(f"model.weights.{key}: there is nothing at {path}")
         if key == "stage_one":
             report = report.then(ours.load(model, path))
+        elif key == "llm" and isinstance(model.get_submodule("llm"), Glm):
+            report = report.then(glm.load(model, path, prefix="llm.network."))
         elif (path / "model_config.json").is_file():
             report = report.then(sat.load(model, path, qkv_order=qkv_order))
         else:

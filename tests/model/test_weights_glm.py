@@ -1,4 +1,4 @@
-"""The original folders of ChatGLM2, ChatGLM3 and GLM-4: their published arithmetic, written anew here, and both layouts."""
+"""The original folders of ChatGLM2, ChatGLM3 and GLM-4: published arithmetic, written anew here, and both layouts."""
 
 from __future__ import annotations
 
@@ -257,7 +257,7 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
     joint = "transformer.encoder.layers.1.self_attention.query_key_value.weight"
     for number, (damaged, expected) in enumerate(
         [
-            ({**tensors, joint: tensors[joint][:-16]}, "64 + 32 + 32 rows are what q, k and v"),
+            ({**tensors, joint: tensors[joint][:-16]}, "q, k and v of this model have 64 + 32 + 32 rows"),
             ({name: t for name, t in tensors.items() if "layers.1.mlp" not in name}, "gate_up_proj"),
             (original_weights({**CONFIG, "num_layers": 4}), "has 4 layers in its language model, the model has 3"),
             (original_weights({**CONFIG, "padded_vocab_size": 599}), "[599, 32]"),
