@@ -199,10 +199,17 @@ def glm(
     config = glm_config(**sizes, initial_std=initial_std or 0.0)
     with torch.device(device), no_init_weights() if initial_std is None else nullcontext():
         network = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    tie(network)  # transformers does so while it draws weights, which may be left out
     rotary = network.model.rotary_emb
     with torch.device("cpu"):  # no checkpoint brings its frequencies: on the meta device they would stay there
         network.model.rotary_emb = type(rotary)(config)
     return Glm(network.requires_grad_(not frozen).eval(), codec=codec, checkpoint_activations=checkpoint_activations)
+
+
+def tie(network: Any) -> None:
+    """Makes the output head the words' embedding, where the configuration says so."""
+    if network.config.tie_word_embeddings:
+        network.lm_head.weight = network.model.embed_tokens.weight
 
 
 def _from_zero(ids_BL: Tensor) -> Tensor:

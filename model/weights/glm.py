@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from model.llm.glm import glm_config, tie
 from model.weights import writing
 from model.weights.checkpoint import Checkpoint, open_folder, read_config
 from model.weights.filling import LoadReport, Part, fill
@@ -197,8 +198,7 @@ def load(model: nn.Module, folder: Path, *, prefix: str = "") -> LoadReport:
     names = [prefix + name for name, _ in network.named_parameters()]
     parts = [Part(name, (name,), LANGUAGE_MODEL) for name in names]
     report = fill(model, checkpoint.with_prefix(prefix), parts, must=(LANGUAGE_MODEL,))
-    if config.tie_word_embeddings:
-        network.tie_weights()  # a head on the meta device has not seen the words arrive
+    tie(network)  # a head on the meta device has not seen the words arrive
     left = [name.removeprefix(prefix) for name in report.ignored if not name.endswith("inv_freq")]
     if left:
         report.notes.append(f"not part of this model: {', '.join(sorted(left)[:5])}{' ...' if len(left) > 5 else ''}")
@@ -261,8 +261,6 @@ def _check(path: str, theirs: Mapping[str, Any], config: Any) -> None:
 
 def _full_config(theirs: Mapping[str, Any], family: Family) -> Any:
     """transformers' configuration of the model in a folder, with what only generating needs"""
-    from model.llm.glm import glm_config
-
     config = glm_config(**sizes(theirs, family))
     config.architectures, config.use_cache = ["GlmForCausalLM"], True
     config.max_position_embeddings = theirs.get("seq_length", theirs.get("max_position_embeddings", 0))

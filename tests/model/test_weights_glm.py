@@ -228,6 +228,42 @@ def test_stage_twos_model_is_filled_under_its_own_names(tmp_path: Path) -> None:
     assert report.new.keys() == {"projection.weight", "projection.bias"}
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_memory_comes_with_the_weights(tmp_path: Path, tied: bool) -> None:
+    config = {**CONFIG, "tie_word_embeddings": tied}
+    folder = write_original(tmp_path / "in", config, original_weights(config))
+    here, later = (
+        small_glm("chatglm2", tied_head=tied),
+        small_glm("chatglm2", tied_head=tied, device="meta", initial_std=None),
+    )
+    for llm in (here, later):
+        glm.load(llm.network, folder)
+    expected, found = here.network.state_dict(), later.to("cpu").network.state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    assert (
+        later.network.get_parameter("lm_head.weight") is later.network.get_parameter("model.embed_tokens.weight")
+    ) == tied
+
+
+def test_quantised_as_the_weights_arrive(tmp_path: Path) -> None:
+    from model.quantise import quantise_linears, shape_like_quantised
+
+    config = {**CONFIG, "hidden_size": 64, "ffn_hidden_size": 64}
+    folder = write_original(tmp_path / "in", config, original_weights(config))
+    llms = []
+    for device in ("cpu", "meta"):
+        llm = small_glm("chatglm2", hidden_size=64, inner_size=64, device=device, initial_std=None)
+        shape_like_quantised(llm.network, llm.lora_targets, device=torch.device("cpu"))
+        glm.load(llm.network, folder)
+        quantise_linears(llm.network, llm.lora_targets, device=torch.device("cpu"))
+        llms.append(llm)
+    ids_1L = torch.arange(9)[None]
+    with torch.no_grad():
+        expected, found = (llm.hidden(llm.embed(ids_1L), ids_1L, ids_1L >= 0) for llm in llms)
+    assert found.isfinite().all() and torch.equal(found, expected)
+    assert sum(type(module).__name__ == "NF4Linear" for module in llms[1].layers.modules()) == 3 * 6
+
+
 def refused(tmp_path: Path, config: dict[str, Any], tensors: dict[str, Tensor], **arguments: Any) -> str:
     folder = write_original(tmp_path / "in", config, tensors)
     with pytest.raises(ValueError) as caught:
