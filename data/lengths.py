@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import tempfile
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
@@ -30,6 +34,8 @@ log = logging.getLogger(__name__)
 CACHED_FROM_S = 20.0  # a shorter scan is done again
 NUM_PROBED = 64  # samples of a stream whose ids go into the cache's name, or from which an unscanned one is judged
 NUM_NAMED = 10
+PART = 500  # samples that are scanned at a time
+PARALLEL_FROM = 10_000  # samples; fewer are faster without starting processes
 PARTS = ("history", "question", "answer")
 _PROBES = (
     Dialogue((Turn("描述这张图片。", "两个绿色的三角形，还有一个红色的圆。", 1), Turn("还有呢？", "没有了。")), "zh"),
@@ -69,10 +75,17 @@ def codec_digest(codec: DialogueCodec) -> str:
 
 
 def read_lengths(
-    sources: Mapping[str, DialogueSource], streams: Sequence[Stream], codec: DialogueCodec, limits: Limits
+    sources: Mapping[str, DialogueSource],
+    streams: Sequence[Stream],
+    codec: DialogueCodec,
+    limits: Limits,
+    *,
+    workers: int = 0,
 ) -> list[StreamLengths]:
     """One for each stream.
 
+    Args:
+        workers: processes that divide a large stream among themselves.
     Raises:
         ValueError: dialogues with no token to learn, or that do not fit; the first ones with file and row number.
     """
@@ -81,7 +94,7 @@ def read_lengths(
     for stream in streams:
         source = sources[stream.source]
         found.append(
-            _scanned(source, stream, codec, limits, problems)
+            _scanned(source, stream, codec, limits, problems, workers)
             if source.scans
             else _estimated(source, stream, codec, limits)
         )
@@ -107,36 +120,70 @@ def table(streams: Sequence[Stream], lengths: Sequence[StreamLengths], limits: L
     return "\n".join([*lines, f"(tokens, image tokens included, cut to {limits.max_tokens}{answer})"])
 
 
+@dataclass(frozen=True)
+class _Scan:
+    """What is done with a range of a stream's samples; forked workers find it in `_scan`."""
+
+    source: DialogueSource
+    language: str
+    codec: DialogueCodec
+    limits: Limits
+
+    def __call__(self, part: range) -> tuple[np.ndarray, Counter[str], list[str]]:
+        """-> lengths, counts, what is wrong with whom"""
+        tokens, counts, problems = np.zeros(len(part), np.int32), Counter[str](), []
+        for place, index in enumerate(part):
+            for number, candidate in enumerate(self.source.dialogues(self.language, index)):
+                try:
+                    encoded = self.limits.encode(self.codec, candidate)
+                    if not encoded.num_target_tokens:
+                        raise ValueError("no token of its answer is left to learn")
+                except ValueError as error:
+                    problems.append(f"{self.source.where(self.language, index)}: {error}")
+                    break
+                tokens[place] = max(tokens[place], len(encoded.ids))
+                if number == 0:
+                    counts["targets"] += encoded.num_target_tokens
+                    counts["dialogues cut"] += any(encoded.num_cut.values())
+                    counts.update(encoded.num_cut)
+        return tokens, counts, problems
+
+
+_scan: _Scan | None = None
+
+
+def _scan_part(part: range) -> tuple[np.ndarray, Counter[str], list[str]]:
+    assert _scan is not None
+    return _scan(part)
+
+
 def _scanned(
-    source: DialogueSource, stream: Stream, codec: DialogueCodec, limits: Limits, problems: list[str]
+    source: DialogueSource, stream: Stream, codec: DialogueCodec, limits: Limits, problems: list[str], workers: int
 ) -> StreamLengths:
+    global _scan
     cache = _cache_file(source, stream, codec, limits)
     if (kept := _load(cache, stream.size)) is not None:
         return kept
     started = time.monotonic()
-    tokens = np.zeros(stream.size, np.int32)
-    cut, num_cut, num_targets, num_problems = dict.fromkeys(PARTS, 0), 0, 0, len(problems)
-    progress = tqdm(
-        range(stream.size), desc=f"{stream.source} ({stream.language}): lengths", unit=" rows", delay=2, leave=False
-    )
-    for index in progress:
-        for number, candidate in enumerate(source.dialogues(stream.language, index)):
-            try:
-                encoded = limits.encode(codec, candidate)
-            except ValueError as error:
-                problems.append(f"{source.where(stream.language, index)}: {error}")
-                break
-            if not encoded.num_target_tokens:
-                problems.append(f"{source.where(stream.language, index)}: no token of its answer is left to learn")
-                break
-            tokens[index] = max(tokens[index], len(encoded.ids))
-            if number == 0:
-                num_targets += encoded.num_target_tokens
-                num_cut += any(encoded.num_cut.values())
-                for part, count in encoded.num_cut.items():
-                    cut[part] = cut.get(part, 0) + count
-    found = StreamLengths(tokens, True, num_targets, num_cut, cut)
-    if time.monotonic() - started > CACHED_FROM_S and len(problems) == num_problems:
+    parts = [range(first, min(first + PART, stream.size)) for first in range(0, stream.size, PART)]
+    _scan = _Scan(source, stream.language, codec, limits)
+    tokens, counts, wrong = [], Counter[str](), []
+    title = f"{stream.source} ({stream.language}): lengths"
+    with ExitStack() as stack, tqdm(total=stream.size, desc=title, unit=" rows", delay=2, leave=False) as bar:
+        scan: Any = map
+        if workers > 1 and stream.size >= PARALLEL_FROM:
+            fork = multiprocessing.get_context("fork")  # sources and codecs need not be picklable
+            scan = stack.enter_context(ProcessPoolExecutor(workers, mp_context=fork)).map
+        for part_tokens, part_counts, part_wrong in scan(_scan_part, parts):
+            tokens.append(part_tokens)
+            counts.update(part_counts)
+            wrong += part_wrong
+            bar.update(len(part_tokens))
+    _scan = None
+    cut = {part: counts[part] for part in PARTS}
+    found = StreamLengths(np.concatenate(tokens), True, counts["targets"], counts["dialogues cut"], cut)
+    problems += wrong
+    if time.monotonic() - started > CACHED_FROM_S and not wrong:
         _keep(cache, found)
     return found
 

@@ -243,7 +243,9 @@ class DialogueLoader(StepLoader):
         )
         self.codec, self.limits = codec, Limits(max_tokens, max_answer_tokens)
         self.draw_answer, self.group_steps = draw_answer, group_steps
-        self.lengths: list[StreamLengths] = read_lengths(self.sources, self.plan.streams, codec, self.limits)
+        self.lengths: list[StreamLengths] = read_lengths(
+            self.sources, self.plan.streams, codec, self.limits, workers=self.num_workers
+        )
         groups = LengthGroups(
             [own.tokens for own in self.lengths], global_batch_size=global_batch_size, group_steps=group_steps
         )

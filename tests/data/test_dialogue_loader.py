@@ -325,6 +325,15 @@ def test_lengths_are_kept_for_the_same_texts_and_tokenizer_only(
     assert dialogue_loader(source, codec=Counting()).fingerprint() == first.fingerprint()
 
 
+def test_lengths_are_the_same_from_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUEQIAO_CACHE", "/dev/null/none")
+    expected = dialogue_loader(sources())
+    monkeypatch.setattr(lengths, "PARALLEL_FROM", 10)
+    monkeypatch.setattr(lengths, "PART", 7)
+    found = dialogue_loader(sources(), num_workers=2)
+    assert found.table() == expected.table() and found.fingerprint() == expected.fingerprint()
+
+
 def test_the_fingerprint_holds_what_the_order_depends_on() -> None:
     expected = dialogue_loader(sources()).fingerprint()
     assert json.loads(json.dumps(expected)) == expected
