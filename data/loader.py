@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,8 @@ from data.mixture import Mixture, Plan, Rows
 from data.source import BadSample, DialogueSource, RawDialogue, RawSample, Source
 from data.steps import StepLoader
 from data.transform import PictureTransform, Transform
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -249,11 +252,28 @@ class DialogueLoader(StepLoader):
         groups = LengthGroups(
             [own.tokens for own in self.lengths], global_batch_size=global_batch_size, group_steps=group_steps
         )
+        for line in self._left_out():
+            log.warning(line)
         self.recipe = DialogueRecipe(groups, transform, codec, self.limits, accumulate, rank, num_ranks, draw_answer)
 
     def table(self) -> str:
-        """Dialogues, their lengths and what is cut of them, by source and language: for the start of a run."""
-        return table(self.plan.streams, self.lengths, self.limits)
+        """Dialogues, their lengths and what is cut or left out, by source and language: for the start of a run."""
+        return "\n".join([table(self.plan.streams, self.lengths, self.limits), *self._left_out()])
+
+    def _left_out(self) -> list[str]:
+        """Rows that no step will hold: no run may lose some without a word."""
+        used = {(stream.source, stream.language) for stream in self.plan.streams}
+        lines = []
+        for name, source in self.sources.items():
+            for language in source.languages:
+                if (name, language) not in used and source.num_samples(language):
+                    number = source.num_samples(language)
+                    lines.append(
+                        f"left out: {number} dialogues in {language!r} of {name}, without weight in data.mixture"
+                    )
+            if malformed := getattr(source, "num_malformed", 0):
+                lines.append(f"left out: {malformed} malformed rows of {name}")
+        return lines
 
     def fingerprint(self) -> dict[str, Any]:
         return {

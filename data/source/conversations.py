@@ -89,7 +89,7 @@ class ConversationSource:
         self._share = _checked_split(self.split, self.part, self.group)
         if self.malformed not in ("error", "skip"):
             raise ValueError(f"{self.name}: malformed is {self.malformed!r}; expected error or skip")
-        self.left_out = 0
+        self.num_malformed = 0
         self.files = self.find_files()
         beside = [file if file.is_dir() else file.parent for file in self.files]
         self._roots = [Path(self.image_root).expanduser()] * len(beside) if self.image_root else beside
@@ -202,8 +202,8 @@ class ConversationSource:
                 packed += text
                 end.append(len(packed))
                 place.append((number, row))
-        if self.left_out:
-            log.warning("%s: %d malformed rows left out", self.name, self.left_out)
+        if self.num_malformed:
+            log.warning("%s: %d malformed rows left out", self.name, self.num_malformed)
         places = np.array(place, np.int64).reshape(-1, 2)
         store = _Store(np.frombuffer(bytes(packed), np.uint8), np.array(end, np.int64), places[:, 0], places[:, 1])
         return store, {language: np.array(numbers, np.int64) for language, numbers in samples.items()}
@@ -211,8 +211,8 @@ class ConversationSource:
     def _leave_out(self, what: str) -> None:
         if self.malformed == "error":
             raise ValueError(f"{what}.  Repair it, or leave such rows out with malformed=skip")
-        self.left_out += 1
-        if self.left_out <= NUM_NAMED:
+        self.num_malformed += 1
+        if self.num_malformed <= NUM_NAMED:
             log.warning("%s: left out: %s", self.name, what)
 
     def _pack(self, row: Mapping[str, Any]) -> tuple[str, bytes] | None:

@@ -218,7 +218,7 @@ def test_a_malformed_row_is_named(tmp_path: Path, kind: Any, row: object, messag
     with pytest.raises(ValueError, match=f"rows.jsonl, row 3: field .*{message}"):
         kind(path=str(file))
     source = kind(path=str(file), malformed="skip")
-    assert (source.num_samples("en"), source.left_out) == (2, 1)
+    assert (source.num_samples("en"), source.num_malformed) == (2, 1)
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

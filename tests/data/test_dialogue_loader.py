@@ -17,7 +17,8 @@ from data.batch import IGNORED, Dialogue, DialogueBatch, StepBatches, Turn
 from data.length_groups import dealt
 from data.source import RawDialogue
 from data.source.dialogue_shards import DialogueShards
-from tests.data.dialogue_files import EveryTurn, LetterDialogueCodec, MemoryDialogues, dialogue_loader
+from data.source.visualglm_json import VisualGLMJson
+from tests.data.dialogue_files import EveryTurn, LetterDialogueCodec, MemoryDialogues, dialogue_loader, write_json
 from tests.data.shard_files import MemorySource
 
 
@@ -156,6 +157,22 @@ def test_replay_by_weight() -> None:
     assert plain.plan.fingerprint()["shares"] == ["1/21", "1/4"]
     with pytest.raises(ValueError, match=r"a weight to \['mine'\] but none to \['general'\]"):
         dialogue_loader({"mine": mine, "general": general}, weights={"mine": 3})
+
+
+def test_what_no_step_will_hold_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"prompt": "q", "label": "a"}] * 5 + [{"prompt": "问", "label": "答"}] * 3 + [{"prompt": "q"}] * 2
+    mine = VisualGLMJson(path=str(write_json(tmp_path / "mine.json", rows)), malformed="skip")
+    loader = dialogue_loader({"mine": mine, **sources()}, languages={"zh": 1}, weights={"mine": 1, "a": 0})
+    expected = [
+        "left out: 5 dialogues in 'en' of mine, without weight in data.mixture",
+        "left out: 2 malformed rows of mine",
+        "left out: 37 dialogues in 'zh' of a, without weight in data.mixture",
+        "left out: 41 dialogues in 'en' of a, without weight in data.mixture",
+        "left out: 11 dialogues in 'en' of b, without weight in data.mixture",
+    ]
+    assert loader.table().splitlines()[-5:] == expected
+    assert [line for line in caplog.messages if line.startswith("left out: ")] == expected
+    assert "left out" not in dialogue_loader(sources()).table()
 
 
 # ------- what a batch holds
