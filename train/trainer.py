@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any, Protocol
@@ -64,6 +65,7 @@ class Trainer:
         self.device, self.flops_per_sample = engine.device, flops_per_sample
         self._finite = torch.ones((), device=self.device, dtype=torch.bool)
         self._skips = 0
+        self._counts: Mapping[str, int] = {}  # the loader's counters of the latest step on this rank
 
     def fit(self, first_step: int) -> int:
         """Trains until `steps` or a signal; returns how many steps are done."""
@@ -117,6 +119,7 @@ class Trainer:
         tokens, skips, read = self.ranks.sum_ints(own)
         *lengths, stopping = self.ranks.max_ints([*(b.text_length for b in batches), int(stop)])
         self._skips += skips
+        self._counts = step.counts
         if skips:
             for skip in step.skips:
                 self.tracker.event(step.step + 1, "skip", **vars(skip))
@@ -165,6 +168,8 @@ class Trainer:
             values.update({f"lr/{name}": rate for name, rate in rates.items()})
         values["grad_norm"] = self.engine.grad_norm
         values["skips"] = self._skips
+        counts = sum((Counter(own) for own in self.ranks.gather_objects(dict(self._counts))), Counter())
+        values.update({f"data/{name}": count for name, count in sorted(counts.items())})
         values.update(self._speeds(step, batch))
         self.tracker.train(step, values)
 

@@ -123,6 +123,7 @@ def test_logs_the_loss_of_the_global_batch_and_every_part(tmp_path: Path) -> Non
     assert line["lr"] == pytest.approx(0.1)
     assert line["num_rows"] == BATCH, "a total adds up over micro-batches"
     assert "squared/xx" not in line, "a mean of no rows is not a zero"
+    assert line["data/truncated/xx"] == 3, "the loader's counters reach the log"
     assert "tflops" not in line
 
 
