@@ -23,7 +23,7 @@ from train.distributed import Ranks
 class Evaluation:
     """What an evaluator found.
 
-    metrics   name -> value, e.g. "zh/itc/image_to_text/r@1", without the name of the evaluator; sizes of the pools among them
+    metrics   name -> value, e.g. "zh/itc/image_to_text/r@1", without the evaluator's name; sizes of the pools too
     pictures  name -> picture, on the first rank only
     lines     the same for people, to be printed as they are
     """
