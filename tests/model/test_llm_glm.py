@@ -224,7 +224,7 @@ def test_a_frozen_network_recomputes_its_activations_too() -> None:
     ids_BL, mask_BL = rows_of_ids()
     gradients, saved = [], []
     for recompute in (False, True):
-        llm = small_glm("chatglm3", frozen=True, checkpoint_activations=recompute)
+        llm = small_glm("chatglm3", frozen=True, checkpoint_activations=recompute).eval()
         embedded_BLD = llm.embed(ids_BL).detach().requires_grad_()
         sizes: list[int] = []
 
@@ -294,6 +294,14 @@ def test_random_weights_follow_torchs_seed() -> None:
     assert all(torch.equal(first[name], same[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
     assert abs(float(first["lm_head.weight"].std()) - 0.3) < 0.01
+
+
+def test_every_word_can_learn(family: str) -> None:
+    """Also the one that pads: its embedding is a word's in ChatGLM2 and ChatGLM3 (<unk>)."""
+    llm = small_glm(family)
+    llm.embed(torch.tensor([[0, 7]])).sum().backward()
+    gradient = llm.network.get_parameter("model.embed_tokens.weight").grad
+    assert gradient is not None and gradient.sum(dim=1).nonzero().flatten().tolist() == [0, 7]
 
 
 def test_adapters_find_every_linear_map_of_a_block() -> None:
