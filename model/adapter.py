@@ -102,14 +102,14 @@ class Lora:
             model.ln_vision.requires_grad_(False)
             inject(model.qformer, self._config(linear_names(model.qformer)))
         if "vision" in self.parts:
-            model.vision.get_submodule("network").requires_grad_(False)
-            inject(model.vision.get_submodule("network"), self._config(linear_names(model.vision)))
-            model.vision.frozen = False  # type: ignore[assignment]  # or it would build no graph
+            network = model.get_submodule("vision.network")
+            inject(network, self._config(linear_names(network)))
+            model.vision.frozen = False  # or it would build no graph
         if "projection" in self.parts:  # peft replaces children, so it needs a parent
             parent = nn.ModuleDict({"projection": model.projection})
             inject(parent, self._config(["projection"]))
             model.projection = parent["projection"]  # type: ignore[assignment]
-            model.adapted_projection = parent.peft_config  # type: ignore[assignment]
+            model.adapted_projection = parent.peft_config
         if self.start is not None:
             from model.weights.adapter_folder import load
 
@@ -143,7 +143,7 @@ class Lora:
 
         return LoraConfig(
             r=self.rank,
-            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,  # type: ignore[arg-type]
+            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
             target_modules=list(targets),
             use_rslora=self.rslora,
@@ -174,8 +174,8 @@ class QLora(Lora):
 
     def check_zero3(self) -> None:
         raise ValueError(
-            "model.adapter=qlora does not go with ZeRO-3, which divides weights but not the scales of their 4 bits: use "
-            "train.engine.zero_stage 0, 1 or 2"
+            "model.adapter=qlora does not go with ZeRO-3, which divides weights but not the scales of their 4 bits: "
+            "use train.engine.zero_stage 0, 1 or 2"
         )
 
     def attach(self, model: VisualChatModel, *, device: torch.device) -> None:

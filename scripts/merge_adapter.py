@@ -24,7 +24,15 @@ from model.weights.adapter_folder import ABOUT, TRAINED
 from model.weights.visualglm import RECORD, recorded_order
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "same": None}
-COMES_ALONG = ("config.json", "generation_config.json", "ice_text.model", "tokenizer*", "vocab*", "LICENSE*", "MODEL_LICENSE*")
+COMES_ALONG = (
+    "config.json",
+    "generation_config.json",
+    "ice_text.model",
+    "tokenizer*",
+    "vocab*",
+    "LICENSE*",
+    "MODEL_LICENSE*",
+)
 
 
 def merge(args: argparse.Namespace) -> str:

@@ -267,9 +267,7 @@ def _stored_as(parameter: nn.Parameter) -> str:
     return str(parameter.dtype).removeprefix("torch.") if quantised is None else str(quantised.quant_type)
 
 
-def _batch_line(
-    config: DictConfig, ranks: Ranks, device: torch.device, precision: str, *, contrastive: bool
-) -> str:
+def _batch_line(config: DictConfig, ranks: Ranks, device: torch.device, precision: str, *, contrastive: bool) -> str:
     size, accumulate = config.train.global_batch_size, config.train.accumulate
     told = f"; contrastive batch {size // accumulate} (global batch / train.accumulate)" if contrastive else ""
     return (

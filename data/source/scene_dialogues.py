@@ -22,7 +22,7 @@ REPHRASE = {"zh": "换一种说法：{}", "en": "Say it in other words: {}"}
 class SceneDialogues:
     """Sample `index` of a language: one scene, one question, and as candidates every phrasing of its answer.
 
-    text_only_every   every so many-th sample has no picture: it asks to say a caption in other words; 0 has none of them
+    text_only_every   every so many-th sample has no picture and asks to say a caption in other words; 0: none
     all others        as `SceneSource`
     """
 

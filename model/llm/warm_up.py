@@ -80,7 +80,7 @@ def warm_up(
         encoded = [codec.encode(dialogue, max_tokens=max_tokens) for dialogue in dialogues]
         loss = _train(llm, codec, encoded, steps=steps, batch_size=batch_size, lr=lr, blind=blind)
     save_file({n: p.detach().contiguous() for n, p in llm.network.named_parameters()}, writing / WEIGHTS)
-    (writing / CONFIG).write_text(json.dumps(_config(sizes, codec, loss), indent=1), "utf-8")
+    (writing / CONFIG).write_text(json.dumps(chatglm_config(sizes, codec, loss), indent=1), "utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     writing.rename(folder)
     return folder
@@ -157,9 +157,7 @@ def _loss(llm: ChatGLM, batch: DialogueBatch, hinted_BL: Tensor) -> Tensor:
     return F.cross_entropy(llm.logits(hidden_BLD[:, :-1][is_label_BL]), label_BL[is_label_BL])
 
 
-def _hinted(
-    codec: ChatGLMCodec, rows: Sequence[EncodedDialogue], blind: float
-) -> tuple[DialogueBatch, Tensor]:
+def _hinted(codec: ChatGLMCodec, rows: Sequence[EncodedDialogue], blind: float) -> tuple[DialogueBatch, Tensor]:
     """A batch, and its ids with words of the answer, in their order, at the places of the first picture's tokens."""
     empty = torch.zeros(0, dtype=torch.uint8)
     batch = DialogueBatch.collate(
@@ -182,7 +180,7 @@ def _hinted(
     return batch, hinted_BL
 
 
-def _config(sizes: Mapping[str, Any], codec: ChatGLMCodec, loss: float) -> dict[str, Any]:
+def chatglm_config(sizes: Mapping[str, Any], codec: ChatGLMCodec, loss: float) -> dict[str, Any]:
     """`config.json` in ChatGLM-6B's words."""
     return {
         "model_type": "chatglm",

@@ -148,9 +148,11 @@ def _load_peft(model: VisualChatModel, part: str, place: Path, report: LoadRepor
             parent = nn.ModuleDict({"projection": model.projection})
             inject(parent, config)
             model.projection = parent["projection"]  # type: ignore[assignment]
-            model.adapted_projection = parent.peft_config  # type: ignore[assignment]
+            model.adapted_projection = parent.peft_config
         else:
             inject(model.get_submodule(_ROOTS[part]), config)
+            if part == "vision":
+                model.vision.frozen = False  # or it would build no graph
     tensors = load_file(place / WEIGHTS)
     plain = {name.removeprefix(_PEFT): tensor for name, tensor in tensors.items()}
     try:

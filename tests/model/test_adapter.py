@@ -138,7 +138,11 @@ def test_peft_alone_reads_what_was_saved(pieces: Path, tmp_path: Path, kind: str
         quantise_linears(bare.llm.network, bare.llm.lora_targets, device=CPU)
     PeftModel.from_pretrained(bare.llm.network, str(folder))
     torch.testing.assert_close(logits(bare), expected, atol=1e-6, rtol=1e-6)
-    assert {file.name for file in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors", "queqiao.json"}
+    assert {file.name for file in folder.iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "queqiao.json",
+    }
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "weights/chatglm-6b"
 
 

@@ -194,7 +194,9 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_the_command_tells_what_trains_and_what_came_of_it(straight: tuple[Path, str]) -> None:
     run, said = straight
     table = {line.split("  ")[0]: line.split() for line in said.splitlines() if line.endswith(" fp32")}
-    assert table["vision"][1] == "0" and table["llm"][1] == "0" and int(table["llm, adapter"][2].replace(",", "")) > 1000
+    assert (
+        table["vision"][1] == "0" and table["llm"][1] == "0" and int(table["llm, adapter"][2].replace(",", "")) > 1000
+    )
     assert "model.projection" in said and "contrastive" not in said
     assert [line["step"] for line in metrics(run, "eval")] == [0, 0, STEPS, STEPS]
     assert "measured" in said and "answers/zh/exactly_right" in said and "probe/en/exactly_right" in said
@@ -235,7 +237,11 @@ def test_the_same_command_resumes_to_the_same_bits(straight: tuple[Path, str], t
 def test_two_ranks_with_four_bits(straight: tuple[Path, str], tmp_path: Path) -> None:
     """The losses are near those of the whole weights, the answers are divided among ranks and come out whole."""
     said = finetune(
-        tmp_path / "run", "model/adapter=qlora", "train/engine=zero2", f"model.llm.folder={straight[0] / 'llm'}", ranks=2
+        tmp_path / "run",
+        "model/adapter=qlora",
+        "train/engine=zero2",
+        f"model.llm.folder={straight[0] / 'llm'}",
+        ranks=2,
     )
     assert "nf4" in said and said.count(f"step 1/{STEPS}") == 1
     for found, expected in zip(metrics(tmp_path / "run"), metrics(straight[0]), strict=True):
