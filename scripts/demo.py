@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
-NUM_SCENES, VOCAB_SIZE = int(os.environ.get("NS", 12000)), 1000
+NUM_SCENES, VOCAB_SIZE = 12000, 1000
 NAMES = {"zh": "Chinese", "en": "English"}
 OUR_FOLDERS = ("scenes", "shards", "tokenizer", "checkpoints", "report", "wandb")
 OUR_FILES = ("config.yaml", "metrics.jsonl", "prepared.json")
@@ -49,7 +49,7 @@ def main() -> None:
         prepare(folder)
         with part(4, f"train, {config.train.steps} steps; interrupted, the same command goes on from the last save"):
             subprocess.run([sys.executable, "-m", "train.pretrain", *overrides], check=True)
-        with part(5, "evaluate on 256 scenes whose compositions never occur in training"):
+        with part(5, "report on 256 scenes whose compositions never occur in training"):
             metrics = report(folder, config)
         print(f"\n{table(metrics)}\n\nAll of it took {(time.monotonic() - started) / 60:.1f} minutes.")
     print(what_next(folder))
@@ -135,7 +135,7 @@ def train_tokenizer(scenes: Any, folder: Path) -> None:
 
 
 def report(folder: Path, config: DictConfig) -> dict[str, float]:
-    """Evaluates the newest checkpoint; writes report.json and examples.png."""
+    """The last evaluation's numbers; examples from the newest checkpoint.  Writes report.json and examples.png."""
     import torch
 
     from train.checkpoint import Checkpoints, load_weights
@@ -155,11 +155,14 @@ def report(folder: Path, config: DictConfig) -> dict[str, float]:
 
     stage = build_stage(config, Silent(device, ranks, folder), codec)
     load_weights(stage, newest)
-    metrics: dict[str, float] = {}
     evaluators = {evaluator.name: evaluator for evaluator in build_evaluators(config, codec)}
-    for name, evaluator in evaluators.items():
-        found = evaluator(stage.model, device=device, ranks=ranks)
-        metrics |= {f"{name}/{key}": value for key, value in found.metrics.items()}
+    metrics = {
+        f"{entry['evaluator']}/{key}": value
+        for entry in read_metrics(folder / "metrics.jsonl", "eval")
+        if entry["step"] == config.train.steps
+        for key, value in entry.items()
+        if key not in ("kind", "step", "evaluator")
+    }
     (folder / "report").mkdir(parents=True, exist_ok=True)
     picture = draw_report(stage.model, evaluators, folder / "metrics.jsonl", device, ranks)
     picture.save(folder / "report" / "examples.png", optimize=True)

@@ -189,7 +189,7 @@ class SceneSource:
         split: Split = "training",
         seed: int = 0,
         image_size: int = 64,
-        objects: Sequence[float] = (1, 4, 1),
+        objects: Sequence[float] = (1, 4, 0.5),
         languages: Sequence[str] = LANGUAGES,
         distinct: bool | None = None,
     ) -> None:
