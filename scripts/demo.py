@@ -39,6 +39,8 @@ def main() -> None:
     from train.config import compose
 
     config = compose("pretrain", overrides)  # first: a mistyped key must not cost a minute
+    if not config.train.eval_every:
+        sys.exit("train.eval_every=0 would leave the demo without numbers to report; give it 1 or more")
     if options.fresh:
         remove(folder)
     done = finished(folder, config)
