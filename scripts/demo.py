@@ -37,8 +37,12 @@ def main() -> None:
     folder: Path = options.dir
     overrides = ["experiment=demo", f"run.dir={folder}", *options.overrides]
     from train.config import compose
+    from train.config_check import ConfigError
 
-    config = compose("pretrain", overrides)  # first: a mistyped key must not cost a minute
+    try:
+        config = compose("pretrain", overrides)  # first: a mistyped key must not cost a minute
+    except ConfigError as error:
+        sys.exit(str(error))
     if not config.train.eval_every:
         sys.exit("train.eval_every=0 would leave the demo without numbers to report; give it 1 or more")
     if options.fresh:
@@ -50,7 +54,7 @@ def main() -> None:
         started = time.monotonic()
         prepare(folder)
         with part(4, f"train, {config.train.steps} steps; interrupted, the same command goes on from the last save"):
-            subprocess.run([sys.executable, "-m", "train.pretrain", *overrides], check=True)
+            train(folder, config, overrides)
         with part(5, "report on 256 scenes whose compositions never occur in training"):
             metrics = report(folder, config)
         print(f"\n{table(metrics)}\n\nAll of it took {(time.monotonic() - started) / 60:.1f} minutes.")
@@ -134,6 +138,25 @@ def train_tokenizer(scenes: Any, folder: Path) -> None:
         for text in scenes.scene(index).captions(language)
     ]
     train_wordpiece(texts, VOCAB_SIZE, folder)
+
+
+def train(folder: Path, config: DictConfig, overrides: list[str]) -> None:
+    """Ends the demo too where the training failed or was interrupted."""
+    process = subprocess.Popen([sys.executable, "-m", "train.pretrain", *overrides])
+    code = None
+    while code is None:
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the training got it as well, and saves after the running step
+            continue
+    if code:
+        sys.exit(code)
+    from train.checkpoint import Checkpoints
+    from train.distributed import Ranks
+
+    newest, _ = Checkpoints(folder, Ranks.alone(), keep=config.train.keep_checkpoints).newest()
+    if newest is None or newest.name != f"step_{config.train.steps}":
+        sys.exit(f"The training stopped at {newest.name if newest else 'step 0'}; the same command goes on from there.")
 
 
 def report(folder: Path, config: DictConfig) -> dict[str, float]:
