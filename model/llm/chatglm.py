@@ -278,7 +278,8 @@ class ChatGLM(LanguageModel):
     def _run(self, hidden_BLD: Tensor, position_B2L: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
         dtype = torch.get_autocast_dtype(hidden_BLD.device.type) if _autocast(hidden_BLD) else hidden_BLD.dtype
         cos_sin = rotation(position_B2L, self.width // self.num_heads, self.rotary_dtype, dtype)
-        recompute = self.checkpoint_activations and self.training and torch.is_grad_enabled()
+        # whatever the mode: a frozen model is in eval mode, and the gradient still passes through it
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for index in range(len(self.layers)):
             if recompute:
                 hidden_BLD = checkpoint(self._layer, hidden_BLD, index, cos_sin, mask, cache, use_reentrant=False)

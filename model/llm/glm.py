@@ -93,8 +93,9 @@ class Glm(LanguageModel):
         autocast = on != "meta" and torch.is_autocast_enabled(on)
         cos_sin = rotation(position_BL, self.config, torch.get_autocast_dtype(on) if autocast else hidden_BLD.dtype)
         rest = {"attention_mask": mask, "position_embeddings": cos_sin, "past_key_values": key_values}
-        # not `self.training`: a frozen model is in eval mode, and the gradient still passes through it
-        recompute = self.checkpoint_activations and torch.is_grad_enabled() and hidden_BLD.requires_grad
+        # whatever the mode: a frozen model is in eval mode, and the gradient still passes through it; and with adapters
+        # on frozen embeddings, what comes in needs no gradient
+        recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for layer in self.layers:
             if recompute:
                 hidden_BLD = checkpoint(layer, hidden_BLD, use_reentrant=False, **rest)

@@ -246,3 +246,20 @@ def test_no_adapter_leaves_the_model_alone(pieces: Path) -> None:
     for adapter, reason in ((QLora(), "4 bits"), (Lora(dora=True), "dora")):
         with pytest.raises(ValueError, match=reason):
             adapter.check_zero3()
+
+
+@pytest.mark.parametrize("train_projection", [True, False])
+def test_activations_are_recomputed_in_eval_mode_and_below_an_adapter(pieces: Path, train_projection: bool) -> None:
+    """A frozen language model is in eval mode, and with LoRA alone nothing that enters it needs a gradient."""
+    gradients = []
+    for recompute in (False, True):
+        llm = {**WIDE, "checkpoint_activations": recompute}
+        model = adapted(pieces, Lora(rank=2), llm=llm, train_qformer=False, train_projection=train_projection)
+        learnt(model)
+        calls: list[int] = []
+        block = model.llm.network.get_submodule("transformer.layers.1.mlp")
+        block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        model.eval().predict(batch_of(model)).logits_TV.square().sum().backward()
+        assert len(calls) == 1 + recompute
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    torch.testing.assert_close(gradients[1], gradients[0])
