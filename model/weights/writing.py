@@ -13,7 +13,7 @@ from torch import Tensor
 
 from model.weights.checkpoint import Checkpoint
 
-MAX_SHARD_BYTES = 2 * 1024**3
+MAX_SHARD_BYTES = 1024**3
 
 
 def write_folder(
@@ -41,6 +41,7 @@ def write_folder(
         dtype = dtype or next(iter(shard.values())).dtype
         total += sum(tensor.nbytes for tensor in shard.values())
         place.update(dict.fromkeys(shard, len(parts)))
+        shard.clear()  # else it stays in memory while the next one is gathered
     assert dtype is not None, "a checkpoint without a tensor"
     if len(parts) == 1:
         parts[0].rename(folder / "model.safetensors")

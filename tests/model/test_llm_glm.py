@@ -17,13 +17,9 @@ from torch import Tensor, nn
 from data.batch import IGNORED, Dialogue, DialogueBatch, Turn
 from model.llm.chatglm2 import ChatGLM2Codec
 from model.llm.chatglm3 import ChatGLM3Codec
-from model.llm.glm import Glm
 from model.llm.glm4 import GLM4Codec
 from model.llm.glm_codec import GlmCodec
-from model.qformer import QFormer
-from model.vision.encoder import eva_vit
-from model.visual_chat import VisualChatModel
-from tests.model.glm_common import GLM4_SPECIAL, small_glm, train_byte_pairs, train_sentencepieces
+from tests.model.glm_common import GLM4_SPECIAL, small_glm, train_byte_pairs, train_sentencepieces, visual_chat
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "model" / "llm"
 FAMILIES = ["chatglm2", "chatglm3", "glm4"]
@@ -329,24 +325,6 @@ def test_sizes_that_cannot_be() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------- stage two
-
-
-def visual_chat(llm: Glm) -> VisualChatModel:
-    torch.manual_seed(1)
-    vision = eva_vit(image_size=28, patch_size=14, width=24, num_layers=1, num_heads=2, mlp_width=48, initial_std=0.3)
-    qformer = QFormer(
-        vocab_size=10,
-        image_width=vision.width,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        intermediate_size=48,
-        max_positions=4,
-        num_query_tokens=5,
-        dropout=0.0,
-        initial_std=0.2,
-    )
-    return VisualChatModel(vision, qformer, llm).eval()
 
 
 def collate(made: GlmCodec, dialogues: list[Dialogue]) -> DialogueBatch:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.llm.glm import glm_config
-from model.weights import glm
+from model.weights import glm, stage_two
 from model.weights.checkpoint import Checkpoint, from_tensors, open_folder
-from tests.model.glm_common import small_glm
+from tests.model.glm_common import small_glm, visual_chat
 
 CONFIG = {  # as in chatglm2-6b/config.json, smaller
     "model_type": "chatglm",
@@ -220,12 +222,33 @@ def test_renaming_reads_nothing() -> None:
 
 def test_stage_twos_model_is_filled_under_its_own_names(tmp_path: Path) -> None:
     tensors = original_weights(CONFIG)
-    llm = small_glm("chatglm2")
-    whole = torch.nn.ModuleDict({"llm": llm, "projection": torch.nn.Linear(3, 32)})
-    report = glm.load(whole, write_original(tmp_path / "in", CONFIG, tensors), prefix="llm.network.")
+    model = visual_chat(small_glm("chatglm2"))
+    report = stage_two.initialise(model, llm=str(write_original(tmp_path / "in", CONFIG, tensors)))
     expected = tensors["transformer.output_layer.weight"]
-    assert torch.equal(llm.network.get_parameter("lm_head.weight"), expected)
-    assert report.new.keys() == {"projection.weight", "projection.bias"}
+    assert torch.equal(model.llm.network.get_parameter("lm_head.weight"), expected)
+    own = {name for name, _ in model.llm.named_parameters(prefix="llm")}
+    assert report.loaded.keys() == own and {"projection.weight", "projection.bias"} <= report.new.keys()
+
+
+def test_from_the_command_line(tmp_path: Path) -> None:
+    folder = write_original(tmp_path / "in", {**CONFIG, "rope_ratio": 4}, original_weights(CONFIG))
+    script = Path(__file__).resolve().parents[2] / "scripts" / "convert_weights.py"
+
+    def run(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(script), "glm", str(folder), str(tmp_path / "out"), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+    assert "required: --family" in run("--to", "transformers").stderr, "what a rope_ratio means is not guessed"
+    done = run("--to", "transformers", "--family", "chatglm2")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert found["rope_parameters"] == {
+        "rope_type": "linear",
+        "factor": 4.0,
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.5,
+    }
+    assert "is not empty" in run("--to", "original", "--family", "chatglm2").stderr
 
 
 @pytest.mark.parametrize("tied", [False, True])
