@@ -46,6 +46,8 @@ class Run:
 def start(config: DictConfig) -> Run:
     """Device, ranks, seeds, and a directory that one rank chooses and the others are told."""
     device = _device(config.run.device)
+    if device.type == "cpu":  # DeepSpeed chooses when it is first imported, which SwissArmyTransformer may do before us
+        os.environ["DS_ACCELERATOR"] = "cpu"
     ranks = Ranks.connect(device)
     _check_batch(config, ranks)
     run_dir = Path(ranks.broadcast_object(str(_run_dir(Path(config.run.dir), config.run.resume))))
