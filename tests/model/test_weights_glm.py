@@ -326,6 +326,16 @@ def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
         assert expected in refused(tmp_path / str(number), CONFIG, damaged)
 
 
+def test_configurations_of_transformers_older_and_newer() -> None:
+    """The -hf folders keep rope_theta and partial_rotary_factor beside the sizes; later versions in rope_parameters."""
+    newer = glm_config(**glm.sizes({**CONFIG, "rope_ratio": 500}, "glm4")).to_dict()
+    older = {key: value for key, value in newer.items() if key != "rope_parameters"}
+    older |= {"rope_theta": 5_000_000.0, "partial_rotary_factor": 0.5}
+    assert glm.sizes(older) == glm.sizes(newer) and glm.sizes(older)["rope_base"] == 5_000_000.0
+    with pytest.raises(ValueError, match="on 1 of a head, not on half"):
+        glm.sizes({**older, "partial_rotary_factor": 1.0})
+
+
 def test_a_ratio_means_two_things() -> None:
     with pytest.raises(ValueError, match="rope_ratio=4"):
         glm.sizes({**CONFIG, "rope_ratio": 4})
