@@ -24,6 +24,7 @@ from model.visual_chat import VisualChatModel
 from train.distributed import Ranks
 from train.evaluator import Evaluation, evaluating
 from train.evaluator.pool import own_share
+from train.evaluator.text_metrics import bleu, majority_share, rouge_l
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class AnswerEvaluator:
         source: dialogues that training never saw; the last answer is asked for.
         num_samples: of each language, evenly from all of them; None: all.
         languages: None: all of the source's.
+        closed: answers of closed questions, such as yes and no: their questions are counted apart, beside what always
+            giving the most frequent of them would get; all others get BLEU and ROUGE-L.  None: no such measures.
         max_new_tokens: an answer longer than that is cut, and so hardly right.
         max_tokens: of a prompt; longer ones are cut as in training.
         examples: so many answers are printed beside the right one, for each language.
@@ -56,6 +59,7 @@ class AnswerEvaluator:
         name: str = "answers",
         num_samples: int | None = None,
         languages: Sequence[str] | None = None,
+        closed: Sequence[str] | None = None,
         max_new_tokens: int = 64,
         max_tokens: int | None = None,
         batch_size: int = 16,
@@ -68,6 +72,7 @@ class AnswerEvaluator:
         self.name, self.source, self.transform, self.codec = name, source, transform, codec
         self.max_new_tokens, self.max_tokens = max_new_tokens, max_tokens
         self.batch_size, self.examples = batch_size, examples
+        self.closed = None if closed is None else {plain(answer) for answer in closed}
         chosen = source.languages if languages is None else tuple(languages)
         self.questions = {language: self._questions(language, num_samples) for language in chosen}
 
@@ -82,6 +87,11 @@ class AnswerEvaluator:
             metrics[f"{language}/exactly_right"] = share
             metrics[f"{language}/num_questions"] = float(len(questions))
             lines.append(f"{self.name} {language}: {share:.1%} of {len(questions)} answers exactly right")
+            if self.closed is not None:
+                found = closed_and_open(answers, [question.right for question in questions], self.closed)
+                metrics |= {f"{language}/{name}": value for name, value in found.items()}
+                told = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+                lines.append(f"{self.name} {language}: {told}")
             for question, answer in list(zip(questions, answers, strict=True))[: self.examples]:
                 asked = " ".join(question.dialogue.turns[-1].question.split())
                 said = " ".join(answer.split())
@@ -145,6 +155,25 @@ class AnswerEvaluator:
             asked = replace(first, turns=(*first.turns[:-1], replace(first.turns[-1], answer="")))
             found.append(Question(asked, right, index))
         return found
+
+
+def closed_and_open(
+    answers: Sequence[str], references: Sequence[tuple[str, ...]], closed: set[str]
+) -> dict[str, float]:
+    """Accuracy on closed questions and the most frequent answer's; BLEU and ROUGE-L on the others."""
+    pairs = list(zip(answers, references, strict=True))
+    shut = [(answer, right) for answer, right in pairs if plain(right[0]) in closed]
+    free = [(answer, right) for answer, right in pairs if plain(right[0]) not in closed]
+    found: dict[str, float] = {"closed/num_questions": float(len(shut)), "open/num_questions": float(len(free))}
+    if shut:
+        found["closed/right"] = sum(is_right(answer, right) for answer, right in shut) / len(shut)
+        found["closed/majority"] = majority_share([plain(right[0]) for _, right in shut])
+    if free:
+        said, expected = [answer for answer, _ in free], [right for _, right in free]
+        found["open/exactly_right"] = sum(is_right(answer, right) for answer, right in free) / len(free)
+        found["open/bleu_1"], found["open/bleu_4"] = bleu(said, expected, longest=1), bleu(said, expected)
+        found["open/rouge_l"] = rouge_l(said, expected)
+    return found
 
 
 def is_right(answer: str, right: Sequence[str]) -> bool:
