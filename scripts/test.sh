@@ -3,7 +3,8 @@
 #   bash scripts/test.sh                 ruff, mypy and the fast tests (at most 15 minutes on 2 cores)
 #   bash scripts/test.sh --slow          the slow tier: the demo itself, stress and scale
 #   bash scripts/test.sh tests/data -k mixture      anything else goes to pytest, and the checks are left out
-# QUEQIAO_SHARED names the folder of reference data (default ../shared); QUEQIAO_CI=1 makes a skip a failure.
+# QUEQIAO_TEST_PROCESSES: tests that run at a time (2).  QUEQIAO_SHARED: the folder of reference data (../shared).
+# QUEQIAO_CI=1 makes a skip a failure.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 
@@ -16,7 +17,7 @@ arguments=()
 for argument in "$@"; do
   case "$argument" in
     --slow) tier=slow ;;
-    -h | --help) sed -n '2,6s/^# \{0,1\}//p' scripts/test.sh; exit 0 ;;
+    -h | --help) sed -n '2,7s/^# \{0,1\}//p' scripts/test.sh; exit 0 ;;
     *) arguments+=("$argument") ;;
   esac
 done
@@ -29,4 +30,6 @@ if [ "${#arguments[@]}" = 0 ]; then
   echo "test.sh: ruff format --check"; ruff format --check .
   echo "test.sh: mypy"; mypy
 fi
-exec python -m pytest -m "not slow" --durations 10 "${arguments[@]}"
+# Two tests at a time; a file's tests stay together, since they share fixtures.
+exec python -m pytest -m "not slow" --numprocesses "${QUEQIAO_TEST_PROCESSES:-2}" --dist loadfile --durations 15 \
+  "${arguments[@]}"
