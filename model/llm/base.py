@@ -36,6 +36,7 @@ class LanguageModel(nn.Module):
         lora_targets: names of all linear layers of a block, the default of LoRA and QLoRA; never the output head.
         layers_pattern: the name in front of a block's number, for peft's `layers_to_transform`.
         checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
+        loaded_from: the folder whose weights it was built with, for the table of weights.
     """
 
     width: int
@@ -45,6 +46,7 @@ class LanguageModel(nn.Module):
     lora_targets: tuple[str, ...]
     layers_pattern: str = "layers"
     checkpoint_activations: bool = False
+    loaded_from: str | None = None
 
     def embed(self, ids_BL: Tensor) -> Tensor:
         """-> embedded_BLD, as the network's first block takes them"""

@@ -97,6 +97,7 @@ def load(folder: Path, *, frozen: bool = True) -> ChatGLM:
     tensors = load_file(folder / WEIGHTS)
     for name, parameter in llm.network.named_parameters():
         parameter.data.copy_(tensors[name])
+    llm.loaded_from = str(folder)
     return llm
 
 

@@ -70,12 +70,16 @@ def _load(model: nn.Module, path: Path, key: str, token_type: str) -> LoadReport
 
 
 def _credit_encoder(model: nn.Module, report: LoadReport) -> None:
-    """`vision_from_folder` has loaded its own weights while it was built."""
-    source = getattr(getattr(model, "vision", None), "loaded_from", None)
-    if source is not None:
-        for name in [name for name in report.new if name.startswith("vision.")]:
-            report.loaded[name] = report.new.pop(name)
-        report.source = f"{source} (image encoder)"
+    """`vision_from_folder` has loaded its own weights while it was built, and so has a language model warmed up."""
+    credited = []
+    for part in ("vision", "llm"):
+        source = getattr(getattr(model, part, None), "loaded_from", None)
+        if source is not None:
+            credited.append(f"{source} ({'image encoder' if part == 'vision' else 'language model'})")
+            for name in [name for name in report.new if name.startswith(f"{part}.")]:
+                report.loaded[name] = report.new.pop(name)
+    if credited:
+        report.source = ", ".join(credited)
 
 
 def _warn_of_random_encoder(model: nn.Module, report: LoadReport) -> None:
