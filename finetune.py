@@ -39,10 +39,13 @@ def build_llm(config: DictConfig, run: Any, sources: Any) -> Any:
         return made
     from model.llm.warm_up import load
 
-    if run.ranks.is_first:
-        made(dialogues=some_dialogues(sources))
+    folder = Path(config.model.llm.folder)
+    if run.ranks.is_first and not (folder / "config.json").is_file():
+        dialogues = some_dialogues(sources)
+        run.say(f"a small language model learns {len(dialogues)} dialogues first, without their pictures: {folder}")
+        made(dialogues=dialogues)
     run.ranks.barrier()
-    return load(Path(config.model.llm.folder))
+    return load(folder)
 
 
 def some_dialogues(sources: Any, at_most: int = 2000) -> list[Any]:

@@ -233,6 +233,26 @@ def test_weights_are_quantised_as_they_arrive(pieces: Path) -> None:
     torch.testing.assert_close(logits(model), expected, atol=0, rtol=0)
 
 
+@pytest.mark.gpu
+def test_a_gpu_never_holds_the_whole_model(pieces: Path) -> None:
+    """And it trains there, under autocast."""
+    device = torch.device("cuda", 0)
+    large = {"hidden_size": 512, "inner_size": 2048, "num_layers": 6, "num_heads": 8}
+    model = chat(pieces, llm=large, train_qformer=False)
+    maps = [module for module in model.llm.layers.modules() if isinstance(module, nn.Linear)]  # type: ignore[union-attr, operator]
+    whole = sum(module.weight.nbytes for module in maps)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    QLora(rank=4).attach(model, device=device)
+    assert torch.cuda.max_memory_allocated() - before < whole / 2
+    model.to(device).train()
+    with torch.autocast("cuda", torch.bfloat16):
+        found = model.predict(batch_of(model).to(device))
+    found.logits_TV.float().square().mean().backward()
+    gradients = [p.grad for n, p in model.named_parameters() if "lora_B" in n]
+    assert len(gradients) == 24 and all(g is not None and g.any() and g.isfinite().all() for g in gradients)
+
+
 def test_widths_that_bitsandbytes_reads_wrongly_on_a_cpu_are_refused(pieces: Path) -> None:
     """0.50.2 dequantises rows that are no multiple of 64 with the scales of others."""
     with pytest.raises(ValueError, match="32 inputs cannot be kept in 4 bits on a CPU"):

@@ -131,6 +131,23 @@ def test_the_command_in_bfloat16_and_rows_in_blocks(pieces: Path, tmp_path: Path
     assert (other - expected).abs().max() > 4 * rounding, "the order of the rows matters"
 
 
+def test_a_whole_visualglm_takes_projection_and_qformer_too(pieces: Path, tmp_path: Path) -> None:
+    whole = chat(pieces)
+    config = chatglm_config(SIZES, codec_of(whole.llm), 0.0)  # type: ignore[arg-type]
+    base = chatglm_folder.write(whole, tmp_path / "base", config, qkv_order="blocks")
+    expected = logits(trained(pieces, "lora", tmp_path / "adapter"))
+    checkpoint = merging.merged(base, tmp_path / "adapter", qkv_order="blocks", dtype=None)
+    assert not merging.left_over(base, tmp_path / "adapter")
+    merged = {name: checkpoint.read(name) for name in checkpoint.shapes}
+    changed = {n for n, t in merged.items() if not torch.equal(t, open_folder(base).read(n))}
+    assert {n.split(".")[1] for n in changed if n.startswith("image_encoder")} == {"vit", "qformer", "glm_proj"}
+    writing.write_folder(checkpoint, tmp_path / "merged", metadata={})
+    (tmp_path / "merged/config.json").write_bytes((base / "config.json").read_bytes())
+    model = tiny_chat(pieces, seed=5, llm={**SIZES, "initial_std": 0.15})
+    chatglm_folder.load(model, tmp_path / "merged", qkv_order="blocks")
+    torch.testing.assert_close(logits(model), expected, atol=2e-4, rtol=1e-4)
+
+
 def test_what_does_not_belong_together_is_named(pieces: Path, tmp_path: Path) -> None:
     base = base_folder(pieces, tmp_path / "base")
     trained(pieces, "lora", tmp_path / "adapter")
