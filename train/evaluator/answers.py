@@ -48,6 +48,7 @@ class AnswerEvaluator:
         max_new_tokens: an answer longer than that is cut, and so hardly right.
         max_tokens: of a prompt; longer ones are cut as in training.
         examples: so many answers are printed beside the right one, for each language.
+        note: printed under every result, for numbers that could be taken for more than they are.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class AnswerEvaluator:
         max_tokens: int | None = None,
         batch_size: int = 16,
         examples: int = 3,
+        note: str | None = None,
     ) -> None:
         if max_new_tokens < 1 or batch_size < 1:
             raise ValueError(
@@ -71,7 +73,7 @@ class AnswerEvaluator:
             )
         self.name, self.source, self.transform, self.codec = name, source, transform, codec
         self.max_new_tokens, self.max_tokens = max_new_tokens, max_tokens
-        self.batch_size, self.examples = batch_size, examples
+        self.batch_size, self.examples, self.note = batch_size, examples, note
         self.closed = None if closed is None else {plain(answer) for answer in closed}
         chosen = source.languages if languages is None else tuple(languages)
         self.questions = {language: self._questions(language, num_samples) for language in chosen}
@@ -96,7 +98,7 @@ class AnswerEvaluator:
                 asked = " ".join(question.dialogue.turns[-1].question.split())
                 said = " ".join(answer.split())
                 lines.append(f"    {asked[:60]} -> {said[:80]!r}   right: {question.right[0][:80]!r}")
-        return Evaluation(metrics, {}, tuple(lines))
+        return Evaluation(metrics, {}, (*lines, f"    ({self.note})") if self.note else tuple(lines))
 
     def answers(
         self, model: VisualChatModel, questions: Sequence[Question], device: torch.device, ranks: Ranks
