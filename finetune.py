@@ -24,7 +24,7 @@ def main() -> None:
         llm = build_llm(config, run, sources)
         loader = build_loader(config, run, sources, llm.codec)
         stage = build_stage(config, run, llm)
-        evaluators = [build(node, codec=llm.codec, name=name) for name, node in config.train.evaluator.items()]
+        evaluators = [build(node, codec=llm.codec, name=name) for name, node in config.train.evaluator.items() if node]
         done = train(config, run, stage, loader, evaluators)
         write_results(config, run, stage.model, done)
         finish()
