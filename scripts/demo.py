@@ -189,7 +189,7 @@ def report(folder: Path, config: DictConfig) -> dict[str, float]:
         if key not in ("kind", "step", "evaluator")
     }
     (folder / "report").mkdir(parents=True, exist_ok=True)
-    picture = draw_report(stage.model, evaluators, folder / "metrics.jsonl", device, ranks)
+    picture = draw_report(stage.model, evaluators, draw_curves(folder / "metrics.jsonl", config), ranks)
     picture.save(folder / "report" / "examples.png", optimize=True)
     content = {"steps": config.train.steps, "checkpoint": newest.name, "metrics": metrics}
     (folder / "report" / "report.json").write_text(json.dumps(content, indent=1), "utf-8")
@@ -221,7 +221,7 @@ def table(metrics: Mapping[str, float]) -> str:
 
 
 def draw_report(
-    model: Any, evaluators: Mapping[str, Any], metrics_file: Path, device: Any, ranks: Any, number: int = 6
+    model: Any, evaluators: Mapping[str, Any], curves: Image.Image, ranks: Any, number: int = 6
 ) -> Image.Image:
     """Loss curves above; below them unseen scenes, what was retrieved and what was generated for them."""
     from PIL import Image
@@ -230,6 +230,7 @@ def draw_report(
     from train.evaluator.picture import spread, text_beside_images
 
     retrieval, caption = evaluators["retrieval"], evaluators["caption"]
+    device = next(model.parameters()).device
     lines: dict[int, list[tuple[str, bool | None]]] = {i: [] for i in spread(retrieval.pools["zh"].num_images, number)}
     for language in NAMES:
         pool = retrieval.pools[language]
@@ -242,14 +243,14 @@ def draw_report(
             shown.append((f"generated:  {said[i]}", caption.judge(said[i], pool.samples[i], language)))
     images = retrieval.pools["zh"].image_ICHW
     examples = text_beside_images([(images[i], shown) for i, shown in lines.items()], columns=1)
-    curves = draw_curves(metrics_file, examples.width)
-    canvas = Image.new("RGB", (examples.width, curves.height + examples.height), "white")
+    width = max(examples.width, curves.width)
+    canvas = Image.new("RGB", (width, curves.height + examples.height), "white")
     canvas.paste(curves, (0, 0))
     canvas.paste(examples, (0, curves.height))
     return canvas
 
 
-def draw_curves(metrics_file: Path, width: int, height: int = 240) -> Image.Image:
+def draw_curves(metrics_file: Path, config: DictConfig, width: int = 960, height: int = 240) -> Image.Image:
     """The three losses, and what came out on unseen scenes while training went on."""
     import io
 
@@ -263,9 +264,12 @@ def draw_curves(metrics_file: Path, width: int, height: int = 240) -> Image.Imag
     names = {"itc": "ITC (contrastive)", "itm": "ITM (matching)", "itg": "ITG (captions)"}
     figure, panels = pyplot.subplots(1, 4, figsize=(width / 100, height / 100), dpi=100, layout="constrained")
     for axes, (name, title) in zip(panels, names.items(), strict=False):
-        steps, values = [entry["step"] for entry in training], [entry[name] for entry in training]
+        weight = config.train.loss[name].weight  # metrics.jsonl has what is back-propagated
+        steps, values = [entry["step"] for entry in training], [entry[name] / weight for entry in training]
+        smooth = running_mean(values)
         axes.plot(steps, values, color="#a8c4ee", lw=1)
-        axes.plot(steps, running_mean(values), color="#1f4fa0", lw=1.5)
+        axes.plot(steps, smooth, color="#1f4fa0", lw=1.5)
+        axes.set_ylim(top=1.3 * max(smooth[len(smooth) // 40 :]))  # the first few steps would flatten the rest
         axes.set_title(title, fontsize=10)
     for (evaluator, key), style in {
         ("retrieval", "itc/image_to_text/r@1"): ("R@1, ITC", "#1f4fa0"),
