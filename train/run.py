@@ -196,7 +196,7 @@ def make_engine(config: DictConfig, run: Run, stage: nn.Module, precision: str) 
         lr=optim.lr,
         weight_decay=optim.weight_decay,
         temperature_decay=optim.temperature_decay,
-        part_lr=dict(optim.part_lr),
+        part_lr=flat_rates(optim.part_lr),
     )
     run.say("\n" + _trained_table(stage, precision) + "\n\n" + groups_table(groups))
     run.say(_batch_line(config, ranks, device, precision, contrastive=hasattr(stage.objectives, "itc")))
@@ -214,6 +214,18 @@ def make_engine(config: DictConfig, run: Run, stage: nn.Module, precision: str) 
         offload=engine.offload,
         deepspeed=OmegaConf.to_container(engine.deepspeed, resolve=True),  # type: ignore[arg-type]
     )
+
+
+def flat_rates(node: Mapping[str, Any], before: str = "") -> dict[str, float]:
+    """`train.optim.part_lr.model.projection=...` on the command line comes as sections, in a file with dots."""
+    found: dict[str, float] = {}
+    for name, value in node.items():
+        found |= (
+            flat_rates(value, f"{before}{name}.")
+            if isinstance(value, Mapping | DictConfig)
+            else {before + name: float(value)}
+        )
+    return found
 
 
 def _schedule(config: DictConfig) -> Any:

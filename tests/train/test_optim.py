@@ -85,3 +85,13 @@ def test_schedule_of_very_short_runs() -> None:
     for steps in (1, 2, 3):
         factors = [lr_factor(s, steps=steps, warmup_steps=2, warmup_start=0.0, final=0.1) for s in range(steps)]
         assert factors == [0.0, 0.5, 1.0][:steps]
+
+
+def test_rates_of_parts_from_the_command_line_and_from_a_file() -> None:
+    from omegaconf import OmegaConf
+
+    from train.run import flat_rates
+
+    node = OmegaConf.create({"model.projection": 1e-3, "model": {"projection": 2e-3, "llm": {"network": 1}}})
+    assert flat_rates(node) == {"model.projection": 2e-3, "model.llm.network": 1.0}  # type: ignore[arg-type]
+    assert flat_rates({}) == {}
