@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-# Measured on the whole demo (docs in README.md); below are the same numbers with room for another machine's rounding.
-LEAST = {"retrieval/{}/itc/{}/r@1": 0.7, "retrieval/{}/itm/{}/r@1": 0.7}
+# Measured 2026-11-24 on two cores, 2100 steps: ITC 89-91%, ITM 96%, captions 73-75%.  Below, room for other machines'
+# rounding: training is a chaotic process, and 256 scenes have a deviation of two or three percent.
+LEAST = {"retrieval/{}/itc/{}/r@1": 0.75, "retrieval/{}/itm/{}/r@1": 0.8}
 LEAST_CAPTIONS = 0.5
 
 
