@@ -20,7 +20,8 @@ def main() -> None:
     with user_errors():
         run = start(config)
         nodes = config.data.source
-        sources = {n: build(node) for n, node in ({"source": nodes} if "_target_" in nodes else nodes).items()}
+        named = {"source": nodes} if "_target_" in nodes else nodes
+        sources = {name: build(node) for name, node in named.items() if node is not None}
         llm = build_llm(config, run, sources)
         loader = build_loader(config, run, sources, llm.codec)
         stage = build_stage(config, run, llm)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.caption import clean_caption, draw_caption, is_empty
+from data.caption import clean_caption, draw_caption, is_empty, whole_characters
 from data.decode import MAX_PIXELS, open_image, resize
 from data.source import BadSample, RawSample
 
@@ -127,7 +127,7 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 
 def _caption(caption: str, language: str, clean: bool) -> str:
-    caption = clean_caption(caption, language) if clean else caption.strip()
+    caption = clean_caption(caption, language) if clean else whole_characters(caption).strip()
     if is_empty(caption):
         raise BadSample("empty text", detail="nothing is left after cleaning")
     return caption

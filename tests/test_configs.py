@@ -61,7 +61,11 @@ def small_overrides(path: Path) -> list[str]:
     name = str(path.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = hydra_compose(entry_of(path), [f"experiment={name}"])
-    return [f"experiment={name}", *(f"{key}=placeholder" for key in OmegaConf.missing_keys(config))]
+    return [f"experiment={name}", *(f"{key}={example(key)}" for key in OmegaConf.missing_keys(config))]
+
+
+def example(key: str) -> str:
+    return "blocks" if key.endswith("qkv_order") else "placeholder"
 
 
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=relative)

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -76,8 +76,10 @@ class OptimConfig:
     warmup_steps: int = key(2000, "steps of linear warm-up", least=0)
     warmup_lr: float = key(1e-6, "learning rate at step 0", least=0)
     weight_decay: float = key(0.05, "of matrices and embeddings; biases, norms and vectors have none", least=0)
-    beta1: float = key(0.9, "AdamW's decay of the mean gradient", least=0)
-    beta2: float = key(0.98, "AdamW's decay of the mean squared gradient: the paper's; LAVIS's code has 0.999", least=0)
+    beta1: float = key(0.9, "AdamW's decay of the mean gradient", least=0, below=1)
+    beta2: float = key(
+        0.98, "AdamW's decay of the mean squared gradient: the paper's; LAVIS's code has 0.999", least=0, below=1
+    )
     eps: float = key(1e-8, "AdamW's epsilon", least=0)
     temperature_decay: bool = key(False, "weight decay on the temperature too, as LAVIS has it")
     part_lr: dict[str, float] = key(dict, "beginning of a parameter's name -> peak lr of its own", free="any")
@@ -150,11 +152,14 @@ def compose(
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             config = hydra_compose(name, forced, return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_plain(error)) from None
     places = Places(config_dir, name, overrides, dict(config.hydra.runtime.choices))
     OmegaConf.set_struct(config, False)
     del config["hydra"]
+    asked_for: set[str] = set()
+    with suppress(OmegaConfBaseException):  # an interpolation that leads nowhere is told below
+        asked_for = OmegaConf.missing_keys(config)  # the schema's defaults would fill these in silently
 
     problems = unknown_keys(OmegaConf.to_container(config), schema, places, config_dir)
     if problems:
@@ -167,7 +172,7 @@ def compose(
     except OmegaConfBaseException as error:
         where = places.of(tuple(str(error.full_key or "").split(".")))
         raise ConfigError(f"{error.full_key}: {_plain(error).splitlines()[0]} ({where})") from None
-    missing = sorted(OmegaConf.missing_keys(config))
+    missing = sorted(asked_for)
     if missing:
         first = missing[0]
         raise ConfigError(f"not set: {', '.join(missing)}.  Say it on the command line, e.g. {first}=...")

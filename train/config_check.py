@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
+import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
@@ -143,7 +145,7 @@ class _Checker:
             if is_dataclass(kind):
                 if isinstance(value, Mapping):
                     yield from self.dataclass_keys(value, kind, here)  # type: ignore[arg-type]
-                elif value is not None:
+                else:
                     yield f"{'.'.join(here)} is a section, not a value ({self.places.of(here)})"
             elif value is not None:
                 yield from self.free(value, known[name].metadata.get("free", "any"), here)
@@ -186,7 +188,8 @@ class _Checker:
         if not self.imports:
             return
         try:
-            parameters = inspect.signature(find(name)).parameters
+            found = find(name)
+            parameters = inspect.signature(found).parameters
         except (ImportError, AttributeError) as error:
             yield f"{'.'.join(path)}._target_={name}: {error} ({where})"
             return
@@ -194,6 +197,11 @@ class _Checker:
             for key in node:
                 if key not in parameters and key not in HYDRA_KEYS:
                     yield self.unknown((*path, str(key)), [p for p in parameters if p != "self"])
+        hints = _hints_of(found)
+        for key, value in node.items():
+            wanted = _misfit(value, hints[key]) if key in hints else None
+            if wanted:
+                yield f"{'.'.join((*path, str(key)))}={value} ({self.places.of((*path, str(key)))}): expected {wanted}"
         for key, value in node.items():
             yield from self.nested(value, (*path, str(key)))
 
@@ -249,6 +257,32 @@ class _Checker:
         else:
             advice = f"{parent or 'the config'} has {', '.join(known) or 'no keys'}"
         return f"unknown key {'.'.join(path)} ({self.places.of(path)}): {advice}"
+
+
+def _hints_of(target: Any) -> dict[str, Any]:
+    """Parameter -> annotation; nothing for what cannot be resolved."""
+    try:
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except (NameError, TypeError, AttributeError):
+        return {}
+
+
+def _misfit(value: Any, annotation: Any) -> str | None:
+    """What a plain value should have been, or None where it fits or the annotation is not a plain one."""
+    if isinstance(value, str) and ("${" in value or value == "???"):
+        return None  # resolved, or asked for, later
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return None if value in arguments else f"one of {', '.join(map(str, arguments))}"
+    if origin in (typing.Union, types.UnionType):
+        misfits = [_misfit(value, argument) for argument in arguments]
+        return None if None in misfits else " or ".join(str(misfit) for misfit in misfits)
+    plain = {bool: (bool,), int: (int,), float: (int, float), str: (str,), type(None): (type(None),)}
+    if annotation not in plain:
+        return None
+    fits = isinstance(value, plain[annotation]) and (annotation is bool or not isinstance(value, bool))
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    return None if fits else names[annotation]
 
 
 def find(target: str) -> Any:
@@ -311,11 +345,17 @@ def choices_and_bounds(config: DictConfig, schema: type, places: Places, path: P
         if is_dataclass(kind):
             problems += choices_and_bounds(value, kind, places, here)  # type: ignore[arg-type]
             continue
-        choices, least = item.metadata.get("choices"), item.metadata.get("least")
+        choices, least, below = (item.metadata.get(rule) for rule in ("choices", "least", "below"))
+        if item.metadata.get("free") == "target" and value is None:
+            problems.append(f"{'.'.join(here)} is null ({places.of(here)}): a run needs one")
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"{'.'.join(here)}={value} ({places.of(here)}): a finite number")
         if choices is not None and value not in choices:
             problems.append(f"{'.'.join(here)}={value} ({places.of(here)}): one of {', '.join(map(str, choices))}")
         if least is not None and value < least:
             problems.append(f"{'.'.join(here)}={value} ({places.of(here)}): at least {least}")
+        if below is not None and value >= below:
+            problems.append(f"{'.'.join(here)}={value} ({places.of(here)}): below {below}")
     return problems
 
 

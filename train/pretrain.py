@@ -31,7 +31,8 @@ def build_data(config: DictConfig, run: Any) -> tuple[Any, Any, Any]:
     from data.caption_report import caption_report, print_caption_report
 
     nodes = config.data.source
-    sources = {n: build(node) for n, node in ({"source": nodes} if "_target_" in nodes else nodes).items()}
+    named = {"source": nodes} if "_target_" in nodes else nodes
+    sources = {name: build(node) for name, node in named.items() if node is not None}
     codec = build_tokenizer(config, run, sources)
     loader = build(
         config.data.loader,

@@ -120,10 +120,12 @@ class Trainer:
         *lengths, stopping = self.ranks.max_ints([*(b.text_length for b in batches), int(stop)])
         self._skips += skips
         self._counts = step.counts
+        everyones = step.skips
         if skips:
-            for skip in step.skips:
+            everyones = [skip for own in self.ranks.gather_objects(list(step.skips)) for skip in own]
+            for skip in everyones:
                 self.tracker.event(step.step + 1, "skip", **vars(skip))
-        self.loader.skip_monitor.update(read, skips, step.skips)
+        self.loader.skip_monitor.update(read, skips, everyones)
         agreed = [
             b.agreed(step_target_tokens=tokens, text_length=length).to(self.device)
             for b, length in zip(batches, lengths, strict=True)

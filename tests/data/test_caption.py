@@ -107,3 +107,9 @@ def test_the_report_counts_by_language(capsys) -> None:
     assert report["en"].unknown_rate == 0 and report["en"].truncated_rate == pytest.approx(9 / 39)
     table = print_caption_report(report, max_text_tokens=32)
     assert "100.00%" in table and table in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("language", ["zh", "en", "fr"])
+def test_half_an_emoji_is_left_out(language: str) -> None:
+    assert clean_caption("a cat \ud83d", language) == "a cat"
+    clean_caption("a cat \ud83d", language).encode("utf-8")

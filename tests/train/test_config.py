@@ -103,6 +103,15 @@ def test_mistyped_key_in_a_files_deepspeed_section(tmp_path: Path) -> None:
         ("data.source.scenes.num_scenes=???", "not set: data.source.scenes.num_scenes"),
         ("train.engine.deepspeed.zero_optimization.stage=3", "set train.engine.zero_stage instead"),
         ("train.optim=3", "train.optim"),
+        ("train.optim.lr=nan", r"train\.optim\.lr=nan .*finite"),
+        ("train.optim.beta2=1.5", r"train\.optim\.beta2=1.5 .*below 1"),
+        ("train.steps=???", "not set: train.steps"),
+        ("train.loss=null", "train.loss is null"),
+        ("train.loss.itg.normalise=glbal", "expected one of global, rank"),
+        ("train.loss.mask_duplicates=nope", "expected true or false"),
+        ("model.qformer.num_layers=abc", "expected a whole number"),
+        ("model.image_text.temperature_min=x", "expected a number or null"),
+        ("data.loader.num_workers=x", "expected a whole number or null"),
     ],
 )
 def test_impossible_value(override: str, message: str) -> None:

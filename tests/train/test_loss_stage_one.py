@@ -185,3 +185,4 @@ def test_another_step_draws_other_negatives() -> None:
     other = itm.draw(replace(batch, step=batch.step + 1), flat)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0]) and not torch.equal(first[0], first[1])
+    assert not torch.equal(first[0], itm.draw(replace(batch, micro_step=1), flat)[0])
