@@ -100,7 +100,7 @@ def test_the_tree_is_the_tree() -> None:
         name = line.strip()
         if not line.startswith(" "):
             folder = Path(name)
-        path = folder if line.rstrip() == str(folder) + "/" else folder / name
+        path = folder if not line.startswith(" ") else folder / name
         if not (ROOT / path).exists():
             missing.append(str(path))
     assert missing == []
