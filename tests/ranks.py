@@ -62,7 +62,11 @@ def _rank_main(
         import torch
 
         torch.set_num_threads(1)
+        import torch.distributed as dist
+
         result = pickle.dumps(work(*args))
+        if dist.is_initialized():  # an interpreter that ends while gloo's threads run may abort
+            dist.destroy_process_group()
         Path(folder, f"result-{rank}").write_bytes(result)
     except BaseException:
         Path(folder, f"error-{rank}").write_text(traceback.format_exc())

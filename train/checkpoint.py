@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -60,8 +60,9 @@ class Checkpoints:
         randoms = self.ranks.gather_objects(random_state())
         folder = self.folder / f"step_{step}"
         if self.ranks.is_first:
+            for left in self.folder.glob(".step_*"):  # of a save or a removal that was cut off: gigabytes at full size
+                shutil.rmtree(left, ignore_errors=True)
             writing = self.folder / f".step_{step}.writing"
-            shutil.rmtree(writing, ignore_errors=True)
             writing.mkdir(parents=True)
             save_file(weights, writing / "weights.safetensors")
             save_file(optimizer, writing / "optimizer.safetensors")
@@ -236,6 +237,12 @@ def _fault(folder: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
+        if file.suffix == ".safetensors":
+            try:
+                with safe_open(file, "pt"):
+                    pass
+            except SafetensorError as error:
+                return f"{name} is damaged ({error})"
     return None
 
 

@@ -91,7 +91,7 @@ def train(
     if newest is not None:
         load_training_state(engine, newest, ranks)
     tracker = _tracker(config, run, first_step)
-    _tell_resume(run, tracker, first_step, newest, damaged)
+    _tell_resume(config, run, tracker, first_step, newest, damaged)
     trainer = Trainer(
         engine,
         loader,
@@ -179,13 +179,30 @@ def _check_resume(
         run.say(f"warning: resuming by force although these changed: {'; '.join(changes)}")
 
 
-def _tell_resume(run: Run, tracker: Tracker, step: int, newest: Path | None, damaged: Sequence[str]) -> None:
+def _tell_resume(
+    config: DictConfig, run: Run, tracker: Tracker, step: int, newest: Path | None, damaged: Sequence[str]
+) -> None:
     for sentence in damaged:
         run.say(f"warning: {sentence}")
         tracker.event(step, "checkpoint ignored", why=sentence)
     if newest is not None:
         run.say(f"resuming after step {step} from {newest}")
-        tracker.event(step, "resumed", checkpoint=newest.name, ranks=run.ranks.count)
+        changes = changed_keys(OmegaConf.load(newest / "config.yaml"), config)
+        if changes:
+            run.say(f"the config is not the checkpoint's any more: {'; '.join(changes)}")
+        tracker.event(step, "resumed", checkpoint=newest.name, ranks=run.ranks.count, changes=changes)
+
+
+def changed_keys(before: Any, after: Any) -> list[str]:
+    """`key: old -> new` of every value that differs between two resolved configs."""
+
+    def flat(node: Any, path: str) -> dict[str, Any]:
+        if not isinstance(node, dict) or not node:
+            return {path: node}
+        return {key: value for name in node for key, value in flat(node[name], f"{path}.{name}".lstrip(".")).items()}
+
+    old, new = (flat(OmegaConf.to_container(config), "") for config in (before, after))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
 
 
 def make_engine(config: DictConfig, run: Run, stage: nn.Module, precision: str) -> Engine:

@@ -51,6 +51,9 @@ def damage(folder: Path, how: str) -> None:
     elif how == "cut file":
         data = (folder / "weights.safetensors").read_bytes()
         (folder / "weights.safetensors").write_bytes(data[:-1])
+    elif how == "overwritten":
+        data = (folder / "weights.safetensors").read_bytes()
+        (folder / "weights.safetensors").write_bytes(b"\xff" * 16 + data[16:])
     elif how == "lost file":
         (folder / "state.json").unlink()
     elif how == "cut marker":
@@ -62,6 +65,7 @@ def damage(folder: Path, how: str) -> None:
     [
         ("no marker", "not written to the end"),
         ("cut file", "bytes instead of"),
+        ("overwritten", "weights.safetensors is damaged"),
         ("lost file", "state.json is missing"),
         ("cut marker", "marker file is damaged"),
     ],
@@ -90,8 +94,9 @@ def test_interrupted_save_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytes
     monkeypatch.undo()
     assert Checkpoints(tmp_path, Ranks.alone(), keep=1).newest()[0] == tmp_path / "checkpoints/step_1"
     assert (tmp_path / "checkpoints/latest").resolve().name == "step_1"
-    save(tmp_path, [2])
-    assert (tmp_path / "checkpoints/latest").resolve().name == "step_2"
+    save(tmp_path, [3])
+    assert (tmp_path / "checkpoints/latest").resolve().name == "step_3"
+    assert not list((tmp_path / "checkpoints").glob(".step_*")), "what a cut-off save left is removed by the next"
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(0, [1, 2, 3, 10]), (1, [10]), (2, [3, 10])])

@@ -195,3 +195,11 @@ def test_a_users_mistake_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> Non
         raise ValueError("no shard at a.tar")
     with pytest.raises(TypeError), user_errors():
         raise TypeError("a mistake of ours keeps its frames")
+
+
+def test_what_changed_since_the_checkpoint_is_named() -> None:
+    from train.run import changed_keys
+
+    before, after = compose("pretrain", [SMOKE]), compose("pretrain", [SMOKE, "train.loss.itc.weight=2.0"])
+    assert changed_keys(before, before) == []
+    assert changed_keys(before, after) == ["train.loss.itc.weight: 1.0 -> 2.0"]
