@@ -57,6 +57,7 @@ def _rank_main(
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
+    faulthandler.enable()
     faulthandler.dump_traceback_later(max(timeout - 2, 1), file=sys.stderr)
     try:
         import torch
