@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from model.weights import bert, lavis, transformers_blip2
+from model.weights import bert, lavis, ours, transformers_blip2
 from model.weights.checkpoint import read_config
 from model.weights.filling import LoadReport
 
@@ -30,7 +30,7 @@ def initialise(
 
     Args:
         all: a BLIP-2 folder of transformers or a LAVIS file: whatever of the model it has.
-        vision: the same formats, or LAVIS's `eva_vit_g.pth`: the image encoder alone.
+        vision: the same formats, LAVIS's `eva_vit_g.pth`, or a run of our own that trained it: the image encoder alone.
         qformer: a BERT-like folder, or the formats of `all`: the Q-Former alone.  Later ones replace earlier ones.
         token_type: see `bert.load`.
     Returns:
@@ -53,6 +53,8 @@ def _load(model: nn.Module, path: Path, key: str, token_type: str) -> LoadReport
             f"model.weights.{key}: there is nothing at {path}. docs/weights.md says where weights are, "
             f"scripts/fetch_weights.py fetches them"
         )
+    if key == "vision" and ours.is_ours(path):
+        return ours.load(model, path, only=key)
     only = None if key == "all" else key
     if path.is_file():
         if path.suffix not in _FILES:

@@ -11,28 +11,38 @@ from torch import nn
 
 from model.weights.checkpoint import Checkpoint, open_file
 from model.weights.filling import LoadReport, Part, fill
-from model.weights.names import QUERIES
+from model.weights.names import ENCODER, QUERIES
 
 _FILE = "weights.safetensors"
 _TEXT = ("embedding.", "language_head.", "text_feed_forward.")
 
 
-def load(model: nn.Module, path: Path) -> LoadReport:
+def load(model: nn.Module, path: Path, *, only: str | None = None) -> LoadReport:
     """Fills what `model` and the checkpoint share.
 
     Args:
         path: a run's folder (its newest checkpoint), a checkpoint's folder, or the file.
+        only: "vision" takes the image encoder alone, which stage one trained along and stage two kept frozen, so that
+            a checkpoint of stage two has none.
     Raises:
-        ValueError: no checkpoint there, one without a Q-Former, or shapes that do not fit.
+        ValueError: no checkpoint there, one without a Q-Former (or encoder), or shapes that do not fit.
     """
     checkpoint = open_file(find(path)).without_prefix("model.")
     own = [name for name, _ in model.named_parameters()]
+    if only == "vision":
+        encoder = [Part(name, (name,), ENCODER) for name in own if name.startswith("vision.")]
+        return fill(model, checkpoint, encoder, must=(ENCODER,))
     parts = [Part(name, (name,), _block(name)) for name in own if _is_told(name, checkpoint)]
     report = fill(model, checkpoint, parts, must=(QUERIES,))
     left = [name for name in report.ignored if not any(part in name for part in _TEXT)]
     if left:
         report.notes.append(f"not part of this model: {', '.join(sorted({name.split('.')[0] for name in left}))}")
     return report
+
+
+def is_ours(path: Path) -> bool:
+    """Whether it is a run, or a checkpoint's folder, of this project."""
+    return (path / "checkpoints").is_dir() or (path / _FILE).is_file()
 
 
 def find(path: Path) -> Path:
