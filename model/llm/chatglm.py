@@ -1,8 +1,8 @@
 """ChatGLM-6B, the language model of VisualGLM-6B: 2-D positions, a prefix mask, [gMASK] and <sop> before the answer.
 
 The blocks are SwissArmyTransformer's (`sat/model/official/chatglm_model.py`); `model/llm/sat_network.py` builds them
-and keeps SAT's side effects in.  Here are the attention (fused, with an explicit mask), masks and positions, the cache,
-and the codec.
+and keeps SAT's side effects in.  Here are what a block computes (attention fused, with an explicit mask), masks and
+positions, the cache, and the codec.
 
 `query_key_value` has Hugging Face's rows, head by head (q1, k1, v1, q2, ...), as in the folders of ChatGLM-6B and in
 every adapter trained on them: so peft saves and loads what it finds.  Only `model/weights/sat.py` permutes rows.
@@ -168,11 +168,34 @@ def rotation(position_B2L: Tensor, head_size: int, frequency_dtype: torch.dtype,
     return torch.stack([angle.cos(), angle.sin()]).to(dtype)
 
 
-def rotate(x_BLAE: Tensor, cos_sin: Tensor) -> Tensor:
-    halves = x_BLAE.unflatten(-1, (2, -1))
-    first, second = halves.chunk(2, dim=-1)
-    cos, sin = cos_sin
-    return (halves * cos + torch.cat([-second, first], dim=-1) * sin).flatten(-2)
+class _Rotate(torch.autograd.Function):
+    """Three kernels each way, where autograd's own graph of the formula has twice as many."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradient, cos, sin, -1), None, None  # a rotation's transpose is the rotation back
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
+    halves = x.unflatten(-1, (2, -1))
+    (first, second), out = halves.chunk(2, dim=-1), halves * cos
+    out_first, out_second = out.chunk(2, dim=-1)
+    sin_first, sin_second = sin.chunk(2, dim=-1)
+    out_first.addcmul_(second, sin_first, value=-direction)
+    out_second.addcmul_(first, sin_second, value=direction)
+    return out.flatten(-2)
+
+
+def rotate(x_BLANE: Tensor, cos_sin: Tensor) -> Tensor:
+    """`x` (B, L, A, N, E): N vectors of each head, turned alike.  `cos_sin` from `rotation`."""
+    cos, sin = cos_sin.unsqueeze(-3)
+    return _Rotate.apply(x_BLANE, cos, sin)
 
 
 @dataclass
@@ -267,6 +290,11 @@ class ChatGLM(LanguageModel):
         cache.block_B = cache.block_B + 1
         return hidden_B1D[:, 0]
 
+    def select(self, cache: Cache, row_S: Tensor) -> None:
+        cache.key_values = [(key[row_S], value[row_S]) for key, value in cache.key_values]
+        for name in ("seen_BS", "mask_token_B", "block_B"):
+            setattr(cache, name, getattr(cache, name)[row_S])
+
     # ---------------------------------------------------------------------------------------------------- the pieces
 
     def _marks(self, ids_BL: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,8 +304,9 @@ class ChatGLM(LanguageModel):
         return first_index(ids_BL == self.bos_id), first_index(is_mask_BL)
 
     def _run(self, hidden_BLD: Tensor, position_B2L: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
-        dtype = torch.get_autocast_dtype(hidden_BLD.device.type) if _autocast(hidden_BLD) else hidden_BLD.dtype
+        dtype = _compute_dtype(hidden_BLD)
         cos_sin = rotation(position_B2L, self.width // self.num_heads, self.rotary_dtype, dtype)
+        mask = None if mask is None else as_bias(mask, dtype)
         # whatever the mode: a frozen model is in eval mode, and the gradient still passes through it
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for index in range(len(self.layers)):
@@ -290,7 +319,7 @@ class ChatGLM(LanguageModel):
     def _layer(
         self, hidden_BLD: Tensor, index: int, cos_sin: Tensor, mask: Tensor | None, cache: Cache | None
     ) -> Tensor:
-        """SAT's block; it finds our attention by its hooks."""
+        """SAT's block; it finds `run_block` by its hooks."""
         block: Any = self.network
         return block.hooks["layer_forward"](hidden_BLD, mask, layer_id=index, cos_sin=cos_sin, cache=cache)
 
@@ -355,20 +384,50 @@ def chatglm(
     )
 
 
-def attend(attention: Any, hidden_BLD: Tensor, mask: Tensor | None, cos_sin: Tensor, cached: Any) -> Tensor:
+def run_block(
+    block: Any, hidden_BLD: Tensor, mask: Tensor | None, cos_sin: Tensor, cached: Any, *, alpha: float
+) -> Tensor:
+    """One of SAT's blocks, as `ChatGLMLayerMixin.layer_forward` has it: the residual is what was normalised, times
+    alpha = sqrt(2 x number of blocks).
+
+    Under autocast a norm returns fp32; it is cast once for all maps that read it, adapters included.
+    """
+    dtype = _compute_dtype(hidden_BLD)
+    normed_BLD = block.input_layernorm(hidden_BLD)
+    hidden_BLD = attend(block.attention, normed_BLD.to(dtype), mask, cos_sin, cached).add(normed_BLD, alpha=alpha)
+    normed_BLD = block.post_attention_layernorm(hidden_BLD)
+    mlp = block.mlp
+    inner = mlp.activation_func(mlp.dense_h_to_4h(normed_BLD.to(dtype)))
+    return mlp.dense_4h_to_h(inner).add(normed_BLD, alpha=alpha)
+
+
+def attend(attention: Any, x_BLD: Tensor, mask: Tensor | None, cos_sin: Tensor, cached: Any) -> Tensor:
     """The self-attention of one block.  `cached`: (key, value, used), filled from `used` on, read from 0; or None."""
-    qkv = attention.query_key_value(hidden_BLD)
-    query, key, value = qkv.unflatten(-1, (attention.num_attention_heads, -1)).chunk(3, dim=-1)
-    query_BALE = rotate(query, cos_sin).transpose(1, 2)
-    key_BASE, value_BASE = rotate(key, cos_sin).transpose(1, 2), value.transpose(1, 2)
+    qkv_BLA3E = attention.query_key_value(x_BLD).unflatten(-1, (attention.num_attention_heads, 3, -1))
+    query_key, value = qkv_BLA3E.split([2, 1], dim=-2)
+    query_BLAE, key_BLAE = rotate(query_key, cos_sin).unbind(-2)
+    query_BALE = query_BLAE.transpose(1, 2)
+    key_BASE, value_BASE = key_BLAE.transpose(1, 2), value.squeeze(-2).transpose(1, 2)
     if cached is not None:
         all_keys, all_values, used = cached
-        end = used + hidden_BLD.shape[1]
+        end = used + x_BLD.shape[1]
         all_keys[:, :, used:end], all_values[:, :, used:end] = key_BASE, value_BASE
         key_BASE, value_BASE = all_keys[:, :, :end], all_values[:, :, :end]
     context_BALE = F.scaled_dot_product_attention(query_BALE, key_BASE, value_BASE, attn_mask=mask)
     return attention.dense(context_BALE.transpose(1, 2).flatten(2))
 
 
-def _autocast(tensor: Tensor) -> bool:
-    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as attention adds it, 0 or -inf: made once for all blocks, where each would make its own.
+
+    Rows begin at multiples of 8 numbers: the fused kernel would copy others so, in every block.
+    """
+    rows, length = mask.shape[:-1], mask.shape[-1]
+    bias = torch.zeros(*rows, -(-length // 8) * 8, dtype=dtype, device=mask.device)[..., :length]
+    return bias.masked_fill_(~mask, float("-inf"))
+
+
+def _compute_dtype(tensor: Tensor) -> torch.dtype:
+    on = tensor.device.type
+    autocast = on != "meta" and torch.is_autocast_enabled(on)
+    return torch.get_autocast_dtype(on) if autocast else tensor.dtype

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from model.llm.chatglm import attend
+from model.llm.chatglm import run_block
 
 
 def build(
@@ -66,10 +66,10 @@ def build(
         network: Any = ChatGLMModel(args, params_dtype=dtype)
     network.to(dtype)
     network.lm_head = network.mixins["chatglm-final"].lm_head
-    for name in ("chatglm-final", "chatglm-attn"):
+    for name in ("chatglm-final", "chatglm-attn", "chatglm-layer"):
         network.del_mixin(name)
     _use_ordinary_modules(network)
-    network.add_mixin("attention", _attention_mixin(network))
+    network.add_mixin("block", _block_mixin())
     network.transformer.hooks.update(network.hooks)
     if torch.device(device).type != "meta":
         network.to_empty(device=device)
@@ -154,14 +154,14 @@ def _use_ordinary_modules(network: Any) -> None:
         layer.mlp.activation_func = partial(F.gelu, approximate="tanh")  # SAT spells it out: 8 tensors kept for one
 
 
-def _attention_mixin(network: Any) -> Any:
+def _block_mixin() -> Any:
     from sat.model.base_model import BaseMixin
 
-    class Attention(BaseMixin):
-        def attention_forward(self, hidden_states: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
-            index, cache = given["layer_id"], given["cache"]
+    class Block(BaseMixin):
+        def layer_forward(self, hidden_states: Tensor, mask: Tensor | None, **given: Any) -> Tensor:
+            index, cache, layers = given["layer_id"], given["cache"], self.transformer.layers
             cached = None if cache is None else (*cache.key_values[index], cache.used)
-            attention = self.transformer.layers[index].attention
-            return attend(attention, hidden_states, mask, given["cos_sin"], cached)
+            alpha = (2 * len(layers)) ** 0.5
+            return run_block(layers[index], hidden_states, mask, given["cos_sin"], cached, alpha=alpha)
 
-    return Attention()
+    return Block()

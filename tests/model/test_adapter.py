@@ -277,7 +277,7 @@ def test_activations_are_recomputed_in_eval_mode_and_below_an_adapter(pieces: Pa
         model = adapted(pieces, Lora(rank=2), llm=llm, train_qformer=False, train_projection=train_projection)
         learnt(model)
         calls: list[int] = []
-        block = model.llm.network.get_submodule("transformer.layers.1.mlp")
+        block = model.llm.network.get_submodule("transformer.layers.1.mlp.dense_h_to_4h")
         block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
         model.eval().predict(batch_of(model)).logits_TV.square().sum().backward()
         assert len(calls) == 1 + recompute
