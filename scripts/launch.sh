@@ -5,7 +5,7 @@
 #   bash scripts/launch.sh N finetune.py experiment=... key=value ...
 #   bash scripts/launch.sh --hostfile FILE -m train.pretrain ...       FILE has a line "host slots=8" per machine
 #
-# On one machine torchrun starts N processes.  With a hostfile, DeepSpeed's launcher starts `slots` processes on every
+# On one machine torchrun starts N processes (train/torchrun.py).  With a hostfile, DeepSpeed's launcher starts `slots` processes on every
 # host over ssh; the code, the environment and the data have to be at the same paths on all of them.
 # QUEQIAO_DEEPSPEED_ARGS holds more arguments for it, e.g. "--master_addr 10.0.0.1" or "--launcher slurm".
 set -euo pipefail
@@ -34,4 +34,4 @@ count="$1"; shift
 if [ -z "${OMP_NUM_THREADS:-}" ]; then
   cores="$(nproc)"; export OMP_NUM_THREADS=$(( cores / count > 0 ? cores / count : 1 ))
 fi
-exec torchrun --standalone --nproc_per_node "$count" "$@"
+exec python -m train.torchrun --standalone --nproc_per_node "$count" "$@"

@@ -29,7 +29,7 @@ MAY_IMPORT = {  # package -> what it may import of ours
 }
 ONLY_IN = {  # library -> where it may be imported at all
     "hydra": ("train/config.py",),
-    "torch.distributed": ("train/distributed.py", "train/engine.py"),
+    "torch.distributed": ("train/distributed.py", "train/engine.py", "train/torchrun.py"),  # the last starts processes
     "deepspeed": ("train/engine.py",),
     "sat": ("model/llm/", "model/weights/"),
     "transformers": ("model/", "train/", "serve/"),

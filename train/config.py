@@ -6,11 +6,10 @@ the DeepSpeed section, against DeepSpeed's own keys (`config_check.py`).  `build
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +28,7 @@ from train.config_check import (
     targets,
     unknown_keys,
 )
+from train.failure import stop
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
 
@@ -201,17 +201,6 @@ def build(node: Any, **arguments: Any) -> Any:
     return partial(factory, **arguments) if wants_partial else factory(**arguments)
 
 
-@contextmanager
-def user_errors() -> Iterator[None]:
-    """A ValueError is a sentence for the user, not a page of frames; QUEQIAO_TRACEBACK=1 shows those too."""
-    try:
-        yield
-    except ValueError as error:
-        if os.environ.get("QUEQIAO_TRACEBACK"):
-            raise
-        raise SystemExit(f"error: {error}\n(QUEQIAO_TRACEBACK=1 shows where it was raised)") from None
-
-
 def from_command_line(name: str, *, schema: type = Config, argv: Sequence[str] | None = None) -> DictConfig:
     """For an entry point: overrides from the command line; answers --help and --cfg; a bad config ends the process."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -233,8 +222,7 @@ def from_command_line(name: str, *, schema: type = Config, argv: Sequence[str] |
             raise ConfigError(f"unknown option {flags[0]}; options are --help and --cfg job, all else is key=value")
         return compose(name, overrides, schema=schema)
     except ConfigError as error:
-        print(f"config error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        stop(f"config error: {error}", 2)
 
 
 def defaults(schema: type) -> dict[str, Any]:

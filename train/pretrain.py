@@ -8,7 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from train.config import build, from_command_line, user_errors
+from train.config import build, from_command_line
+from train.failure import user_errors
 
 
 def main() -> None:

@@ -184,19 +184,6 @@ def test_help_explains_every_key() -> None:
         assert file.stem in text, f"{file} is not mentioned"
 
 
-def test_a_users_mistake_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.config import user_errors
-
-    monkeypatch.delenv("QUEQIAO_TRACEBACK", raising=False)
-    with pytest.raises(SystemExit, match="error: no shard at a.tar"), user_errors():
-        raise ValueError("no shard at a.tar")
-    monkeypatch.setenv("QUEQIAO_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="no shard"), user_errors():
-        raise ValueError("no shard at a.tar")
-    with pytest.raises(TypeError), user_errors():
-        raise TypeError("a mistake of ours keeps its frames")
-
-
 def test_what_changed_since_the_checkpoint_is_named() -> None:
     from train.run import changed_keys
 
