@@ -10,7 +10,7 @@ from data.mixture import Mixture, Plan, Quotas
 from tests.data.shard_files import MemorySource
 
 
-def plan_of(languages: dict[str, float], sizes: dict[str, dict[str, int]], *, seed: int = 0, **options) -> Plan:
+def plan_of(languages: dict[str, float] | None, sizes: dict[str, dict[str, int]], *, seed: int = 0, **options) -> Plan:
     sources = {name: MemorySource(size, name=name) for name, size in sizes.items()}
     return Mixture(languages, **options).plan(sources, seed=seed)
 
@@ -107,9 +107,16 @@ def test_replacements_are_arithmetic_and_differ_by_attempt() -> None:
         ({"zh": -1}, {}, "'zh' has weight -1"),
         ({"zh": 0}, {}, "at least one language"),
         ({"zh": 1}, {"sources": {"b": 1}}, r"\['b'\].*\['a'\]"),
-        ({"zh": 1}, {"sources": {"a": 0}}, "no source"),
+        ({"zh": 1}, {"sources": {"a": 0}}, "'zh', but data.mixture.sources gives weight 0 to a"),
+        (None, {"sources": {"a": 0}}, r"no source with a weight.*a with zh 5; weights: \{'a': 0.0\}"),
     ],
 )
-def test_impossible_mixtures_are_refused(languages: dict[str, float], options: dict, message: str) -> None:
+def test_impossible_mixtures_are_refused(languages: dict[str, float] | None, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_of(languages, {"a": {"zh": 5}}, **options)
+
+
+def test_a_language_nobody_has_is_answered_with_what_there_is() -> None:
+    expected = "there are: photos with zh 5, en 7; drawings with zh 0, ja 2; empty with no language"
+    with pytest.raises(ValueError, match=f"'fr', but no source has a sample of it; {expected}.*data.mixture.languages.fr=0"):
+        plan_of({"zh": 1, "fr": 1}, {"photos": {"zh": 5, "en": 7}, "drawings": {"zh": 0, "ja": 2}, "empty": {}})
