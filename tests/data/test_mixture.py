@@ -118,5 +118,7 @@ def test_impossible_mixtures_are_refused(languages: dict[str, float] | None, opt
 
 def test_a_language_nobody_has_is_answered_with_what_there_is() -> None:
     expected = "there are: photos with zh 5, en 7; drawings with zh 0, ja 2; empty with no language"
-    with pytest.raises(ValueError, match=f"'fr', but no source has a sample of it; {expected}.*data.mixture.languages.fr=0"):
+    with pytest.raises(
+        ValueError, match=f"'fr', but no source has a sample of it; {expected}.*data.mixture.languages.fr=0"
+    ):
         plan_of({"zh": 1, "fr": 1}, {"photos": {"zh": 5, "en": 7}, "drawings": {"zh": 0, "ja": 2}, "empty": {}})
