@@ -10,7 +10,7 @@ Shape letters   B = rows   L = length   G = pictures   M = image tokens of the e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.batch import IGNORED, DialogueBatch
 from model.image_text import VisionEncoder
-from model.llm.base import LanguageModel, most_likely
+from model.llm.base import LanguageModel
 from model.qformer import QFormer
 
 
@@ -107,13 +107,17 @@ class VisualChatModel(nn.Module):
     # ------------------------------------------------------------------------------------------------------- talking
 
     @torch.no_grad()
+    def begin(self, batch: DialogueBatch, decoding: Decoding | Sequence[Decoding]) -> Generation:
+        """Answers to dialogues in the chat layout, a token at a time; see `model.generation.Generation`."""
+        return Generation(self.llm, self.embed(batch), batch.ids_BL, batch.mask_BL, decoding)
+
+    @torch.no_grad()
     def generate(
-        self, batch: DialogueBatch, *, max_new_tokens: int, choose: Callable[[Tensor], Tensor] = most_likely
+        self, batch: DialogueBatch, decoding: Decoding | Sequence[Decoding], *, never_early: bool = False
     ) -> Tensor:
-        """Answers to dialogues in the chat layout.  -> ids_BN; see `LanguageModel.generate`."""
-        return self.llm.generate(
-            self.embed(batch), batch.ids_BL, batch.mask_BL, max_new_tokens=max_new_tokens, choose=choose
-        )
+        """The same, whole.  -> ids_BN; see `model.generation.generate`."""
+        embedded_BLD = self.embed(batch)
+        return generate(self.llm, embedded_BLD, batch.ids_BL, batch.mask_BL, decoding, never_early=never_early)
 
 
 def query_branch(qformer: QFormer) -> QFormer:

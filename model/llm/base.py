@@ -5,23 +5,16 @@ brings the codec with its prompt template and special ids, and draws masks and p
 padded on the right; image tokens are positions like any other, whose embeddings the caller has replaced.
 
 Shape letters   B = rows   L = length   T = any number of positions   D = the model's width   V = vocabulary
-                N = new tokens
+                S = rows that are selected
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from data.batch import DialogueCodec
-
-
-def most_likely(logits_BV: Tensor) -> Tensor:
-    """Greedy decoding.  -> ids_B"""
-    return logits_BV.argmax(dim=-1)
 
 
 class LanguageModel(nn.Module):
@@ -77,27 +70,6 @@ class LanguageModel(nn.Module):
         """One token more for every row.  -> hidden_BD of it; `cache` is changed in place."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def generate(
-        self,
-        embedded_BLD: Tensor,
-        ids_BL: Tensor,
-        mask_BL: Tensor,
-        *,
-        max_new_tokens: int,
-        choose: Callable[[Tensor], Tensor] = most_likely,
-    ) -> Tensor:
-        """-> ids_BN, N <= max_new_tokens: a stop id, where one came, is kept, and padding follows."""
-        assert self.codec is not None, "without a codec nobody knows where an answer ends"
-        stop = torch.tensor(self.codec.stop_ids, device=ids_BL.device)
-        hidden_BD, cache = self.prefill(embedded_BLD, ids_BL, mask_BL, room=max_new_tokens)
-        running_B = torch.ones(len(ids_BL), dtype=torch.bool, device=ids_BL.device)
-        chosen: list[Tensor] = []
-        for position in range(max_new_tokens):
-            next_B = choose(self.logits(hidden_BD)).masked_fill(~running_B, self.codec.pad_id)
-            chosen.append(next_B)
-            running_B = running_B & ~torch.isin(next_B, stop)
-            if position + 1 == max_new_tokens or not running_B.any():
-                break
-            hidden_BD = self.extend(next_B, cache)
-        return torch.stack(chosen, dim=1) if chosen else ids_BL[:, :0]
+    def select(self, cache: Any, row_S: Tensor) -> None:
+        """Makes a cache hold these of its rows, in this order; a row may be taken several times, or not at all."""
+        raise NotImplementedError

@@ -87,6 +87,10 @@ class Glm(LanguageModel):
         cache.position_B = cache.position_B + 1
         return hidden_B1D[:, 0]
 
+    def select(self, cache: Cache, row_S: Tensor) -> None:
+        cache.key_values.batch_select_indices(row_S)
+        cache.seen_BS, cache.position_B = cache.seen_BS[row_S], cache.position_B[row_S]
+
     def _run(self, hidden_BLD: Tensor, position_BL: Tensor, mask: Tensor | None, key_values: Any) -> Tensor:
         """What `GlmModel.forward` does, with our own angles and our own choice of what to recompute."""
         on = hidden_BLD.device.type

@@ -279,17 +279,6 @@ def test_cached_steps_equal_the_whole(pieces: Path, rows: slice) -> None:
         assert torch.allclose(torch.stack([step[row] for step in steps]), expected, atol=1e-4)
 
 
-def test_an_answer_ends_at_eop_and_padding_follows(pieces: Path) -> None:
-    llm = small_chatglm(pieces)
-    ids_BL, mask_BL = rows_of_ids()
-    script = iter([[50, EOP, 52, 53], [54, 55, EOP, 57], [EOP, 59, 60, 61], [1, 2, 3, EOP], [1, 1, 1, 1]])
-    found = llm.generate(
-        llm.embed(ids_BL), ids_BL, mask_BL, max_new_tokens=9, choose=lambda logits_BV: torch.tensor(next(script))
-    )
-    expected = [[50, 54, EOP, PAD], [EOP, PAD, PAD, PAD], [52, EOP, PAD, PAD], [53, 57, 61, EOP]]
-    assert found.tolist() == expected
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_angles_are_positions_times_frequencies_of_the_precision_it_was_trained_in(dtype: torch.dtype) -> None:
     place_block = torch.tensor([[[0, 1, 500, 900], [0, 0, 3, 7]]])

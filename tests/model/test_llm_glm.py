@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from data.batch import IGNORED, Dialogue, DialogueBatch, Turn
+from model.generation import Decoding
 from model.llm.chatglm2 import ChatGLM2Codec
 from model.llm.chatglm3 import ChatGLM3Codec
 from model.llm.glm4 import GLM4Codec
@@ -357,7 +358,7 @@ def test_what_is_trained_is_what_answers(family: str, folder: Path) -> None:
     for row, answer in enumerate(answers):
         expected = prediction.logits_TV[prediction.row_T == row][-len(answer) :]
         torch.testing.assert_close(torch.stack(found)[: len(answer), row], expected, atol=1e-4, rtol=1e-4)
-    said_BN = model.generate(chat, max_new_tokens=4)
+    said_BN = model.generate(chat, Decoding(max_new_tokens=4))
     assert torch.equal(said_BN[:, 0], found[0].argmax(dim=-1))
 
 
@@ -377,6 +378,7 @@ class Absent:
 sys.meta_path[:] = [Absent(finder) for finder in sys.meta_path]
 import torch
 from data.batch import Dialogue, DialogueBatch, Turn
+from model.generation import Decoding, generate
 from model.visual_chat import VisualChatModel
 from model.weights import glm, stage_two
 from model.llm.chatglm3 import chatglm3
@@ -384,7 +386,7 @@ llm = chatglm3(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_s
                tokenizer=sys.argv[1], num_image_tokens=2)
 encoded = llm.codec.encode(Dialogue((Turn('图片', num_images=1),), 'zh'))
 ids = torch.tensor([encoded.ids])
-said = llm.generate(llm.embed(ids), ids, torch.ones_like(ids, dtype=torch.bool), max_new_tokens=3)
+said = generate(llm, llm.embed(ids), ids, torch.ones_like(ids, dtype=torch.bool), Decoding(max_new_tokens=3))
 assert len(said[0]) > 0
 try:
     import deepspeed

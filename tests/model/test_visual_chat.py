@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from data.batch import IGNORED, Dialogue, DialogueBatch, EncodedDialogue, Turn
+from model.generation import Decoding
 from model.llm.sat_network import build
 from model.qformer import QFormer
 from model.vision.encoder import eva_vit
@@ -106,7 +107,7 @@ def test_a_batch_without_a_picture_still_runs_the_vision_path(pieces: Path) -> N
 def test_greedy_answers_equal_the_loop_without_a_cache(model: VisualChatModel) -> None:
     asked = [Dialogue((*s.turns[:-1], replace(s.turns[-1], answer="")), s.language) for s in SAMPLES]
     batch = batch_of(model, asked)
-    found = model.generate(batch, max_new_tokens=12)
+    found = model.generate(batch, Decoding(max_new_tokens=12))
     assert found.shape == (len(SAMPLES), 12)
     codec = codec_of(model.llm)  # type: ignore[arg-type]
     for row in range(len(batch)):
@@ -191,7 +192,7 @@ def test_half_precision_answers_and_learns(pieces: Path, stored: torch.dtype) ->
             parameter.data = parameter.data.to(stored)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = model.predict(batch)
-        answers = model.generate(batch, max_new_tokens=4)
+        answers = model.generate(batch, Decoding(max_new_tokens=4))
     assert found.logits_TV.dtype == torch.bfloat16 and answers.shape[1] <= 4
     assert (found.logits_TV.float() - expected).abs().mean() < 0.1 * expected.abs().mean()
     found.logits_TV.float().square().mean().backward()

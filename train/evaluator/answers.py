@@ -20,6 +20,7 @@ from torch import Tensor
 from data.batch import Dialogue, DialogueBatch, DialogueCodec
 from data.source import BadSample, DialogueSource
 from data.transform import PictureTransform
+from model.generation import Decoding
 from model.visual_chat import VisualChatModel
 from train.distributed import Ranks
 from train.evaluator import Evaluation, evaluating
@@ -123,12 +124,9 @@ class AnswerEvaluator:
             language_of=[question.dialogue.language for question in questions],
             languages=languages,
         ).to(device)
-        if ranks.count == 1:
-            ids_QN = model.generate(batch, max_new_tokens=self.max_new_tokens)
-        else:  # ZeRO-3 wants the same calls on every rank: nobody stops early, and the cut comes when it is decoded
-            choose = _NeverStops(self.codec)
-            model.generate(batch, max_new_tokens=self.max_new_tokens, choose=choose)
-            ids_QN = torch.stack(choose.ids, dim=1)
+        # ZeRO-3 wants the same calls on every rank
+        decoding = Decoding(max_new_tokens=self.max_new_tokens)
+        ids_QN = model.generate(batch, decoding, never_early=ranks.count > 1)
         return F.pad(ids_QN, (0, self.max_new_tokens - ids_QN.shape[1]), value=self.codec.stop_ids[0])
 
     def _pictures(self, question: Question) -> list[Tensor]:
@@ -185,17 +183,3 @@ def is_right(answer: str, right: Sequence[str]) -> bool:
 def plain(text: str) -> str:
     """Letters and digits alone, full-width ones made half-width: what two spellings of one answer share."""
     return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
-
-
-class _NeverStops:
-    """Greedy, but what ends an answer is kept from the loop that would stop at it."""
-
-    def __init__(self, codec: DialogueCodec) -> None:
-        self.codec = codec
-        self.ids: list[Tensor] = []
-
-    def __call__(self, logits_QV: Tensor) -> Tensor:
-        best_Q = logits_QV.argmax(dim=-1)
-        self.ids.append(best_Q)
-        is_stop_Q = torch.isin(best_Q, torch.tensor(self.codec.stop_ids, device=best_Q.device))
-        return best_Q.masked_fill(is_stop_Q, self.codec.pad_id)
