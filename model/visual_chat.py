@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import IGNORED, DialogueBatch
+from model.generation import Decoding, Generation, generate
 from model.image_text import VisionEncoder
 from model.llm.base import LanguageModel
 from model.qformer import QFormer
