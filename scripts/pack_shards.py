@@ -10,7 +10,8 @@ caption or a list of captions; other fields are kept.  In a folder, a picture a.
 a.en.txt, or in a.txt with --language.
 
 A shard holds 00000012.jpg and 00000012.json for row 12.  The same input gives the same bytes, whatever --workers is.
-Rows that cannot be used are left out, reported by reason, and listed in OUT_DIR/left_out.jsonl.
+Rows that cannot be used are left out, reported by reason, and listed in OUT_DIR/left_out.jsonl; so are pictures that do
+not lie below the folder of PAIRS.jsonl, unless --allow-outside.
 """
 
 from __future__ import annotations
@@ -60,7 +61,24 @@ class Checked(NamedTuple):
 
 
 @dataclass(frozen=True)
-class JsonlRows:
+class Rows:
+    """Where the files of a row may lie."""
+
+    root: Path
+    allow_outside: bool
+
+    def path(self, name: str) -> Path:
+        """`name`, below the root, links followed: somebody else's JSONL or archive may name no other files."""
+        path = self.root / name
+        if not self.allow_outside and not path.resolve().is_relative_to(self.root.resolve()):
+            raise LeftOut(
+                "outside the folder", f"{name} is not below {self.root}; --allow-outside takes it nevertheless"
+            )
+        return path
+
+
+@dataclass(frozen=True)
+class JsonlRows(Rows):
     """Rows of a JSONL by their place in the file, so that ten million of them are ten million numbers."""
 
     file: Path
@@ -69,7 +87,7 @@ class JsonlRows:
     numbers: array  # its line number, from 1
 
     @classmethod
-    def scan(cls, file: Path, fields: dict[str, str]) -> JsonlRows:
+    def scan(cls, file: Path, fields: dict[str, str], *, allow_outside: bool = False) -> JsonlRows:
         starts, numbers, at = array("q"), array("q"), 0
         with open(file, "rb") as lines:
             for number, line in enumerate(lines, 1):
@@ -77,11 +95,7 @@ class JsonlRows:
                     starts.append(at)
                     numbers.append(number)
                 at += len(line)
-        return cls(file, fields, starts, numbers)
-
-    @property
-    def root(self) -> Path:
-        return self.file.parent
+        return cls(file.parent, allow_outside, file, fields, starts, numbers)
 
     def read(self, i: int) -> dict[str, Any]:
         with open(self.file, "rb") as lines:
@@ -102,43 +116,42 @@ class JsonlRows:
 
 
 @dataclass(frozen=True)
-class FolderRows:
+class FolderRows(Rows):
     """Pictures of a folder and the text files beside them."""
 
-    root: Path
     language: str | None
     pictures: list[str]
     numbers: Sequence[int]
 
     @classmethod
-    def scan(cls, root: Path, language: str | None) -> FolderRows:
+    def scan(cls, root: Path, language: str | None, *, allow_outside: bool = False) -> FolderRows:
         pictures = sorted(
             str(path.relative_to(root))
             for path in root.rglob("*")
             if path.suffix.lower() in PICTURES and path.is_file()
         )
-        return cls(root, language, pictures, range(1, len(pictures) + 1))
+        return cls(root, allow_outside, language, pictures, range(1, len(pictures) + 1))
 
     def read(self, i: int) -> dict[str, Any]:
         record: dict[str, Any] = {"image": self.pictures[i]}
-        stem = self.root / Path(self.pictures[i]).with_suffix("")
+        stem = Path(self.pictures[i]).with_suffix("")
         for name in LANGUAGES:
-            if (text := self._text(Path(f"{stem}.{name}.txt"))) is not None:
+            if (text := self._text(f"{stem}.{name}.txt")) is not None:
                 record[name] = text
-        plain = self._text(Path(f"{stem}.txt"))
+        plain = self._text(f"{stem}.txt")
         if plain is not None and self.language is None and len(record) == 1:
             raise LeftOut("language not said", f"{stem.name}.txt could be any; expected --language zh or --language en")
         if plain is not None and self.language is not None:
             record.setdefault(self.language, plain)
         return record
 
-    def _text(self, file: Path) -> str | None:
+    def _text(self, name: str) -> str | None:
         try:
-            return file.read_bytes().decode("utf-8-sig").strip()
+            return self.path(name).read_bytes().decode("utf-8-sig").strip()
         except FileNotFoundError:
             return None
         except UnicodeDecodeError as error:
-            raise LeftOut("not UTF-8", f"{file.name}: {error.reason} at byte {error.start}; expected UTF-8") from error
+            raise LeftOut("not UTF-8", f"{name}: {error.reason} at byte {error.start}; expected UTF-8") from error
 
 
 @dataclass(frozen=True)
@@ -172,9 +185,8 @@ class Packer:
 
     def _picture(self, record: dict[str, Any]) -> tuple[bytes, str]:
         """The picture's file and extension, seen to decode to the end."""
-        path = self.rows.root / record["image"]
         try:
-            raw = path.read_bytes()
+            raw = self.rows.path(record["image"]).read_bytes()
             image = open_image(raw)
             extension = {"JPEG": "jpg", "MPO": "jpg"}.get(image.format or "", (image.format or "").lower())
             if self.shorter_side is not None and min(image.size) > self.shorter_side:
@@ -188,7 +200,12 @@ class Packer:
             raise LeftOut(reason, f"{record['image']}: {error.strerror or error}") from error
         except BadSample as bad:
             raise LeftOut(bad.reason, f"{record['image']}: {bad.detail}") from bad
-        except (ValueError, SyntaxError, EOFError) as error:  # what Pillow's plugins raise on damaged files
+        except (
+            ValueError,
+            SyntaxError,
+            EOFError,
+            RuntimeError,
+        ) as error:  # Pillow's on damaged files; links in a circle
             raise LeftOut("unreadable image", f"{record['image']}: {error}") from error
         return raw, extension
 
@@ -240,7 +257,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     fields = {name: getattr(args, name) for name in LANGUAGES}
     rows: JsonlRows | FolderRows
-    rows = FolderRows.scan(args.source, args.language) if args.source.is_dir() else JsonlRows.scan(args.source, fields)
+    if args.source.is_dir():
+        rows = FolderRows.scan(args.source, args.language, allow_outside=args.allow_outside)
+    else:
+        rows = JsonlRows.scan(args.source, fields, allow_outside=args.allow_outside)
     if not len(rows.numbers):
         raise SystemExit(f"{args.source}: {'no pictures' if args.source.is_dir() else 'no rows'} in it")
     folders = _folders(args)
@@ -326,6 +346,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--language", choices=LANGUAGES, help="of a.txt beside a.jpg in a folder")
     parser.add_argument("--zh", metavar="FIELD", default="zh", help="field of the JSONL with the Chinese captions")
     parser.add_argument("--en", metavar="FIELD", default="en", help="field of the JSONL with the English captions")
+    parser.add_argument(
+        "--allow-outside", action="store_true", help="take files that do not lie below SOURCE's folder, links followed"
+    )
     parser.add_argument("--overwrite", action="store_true", help="remove the shards that OUT_DIR holds first")
     args = parser.parse_args(argv)
     if not args.source.exists():

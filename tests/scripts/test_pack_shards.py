@@ -161,6 +161,48 @@ def test_what_is_left_out_is_told(tmp_path: Path, pack) -> None:
     assert re.search(r"row 11: field en: .*expected a string or a list of strings", out)
 
 
+def test_files_outside_the_folder_are_left_out_unless_allowed(tmp_path: Path, pack) -> None:
+    """A JSONL from elsewhere, or links in an unpacked archive, could pull any picture of this machine into a shard."""
+    folder, private = tmp_path / "mine", tmp_path / "private"
+    private.mkdir()
+    (private / "x.jpg").write_bytes(jpeg(1))
+    names = [
+        "images/0.jpg",
+        "../private/x.jpg",
+        str(private / "x.jpg"),
+        "images/link.jpg",
+        "images/../../private/x.jpg",
+    ]
+    names += ["images/../images/0.jpg", str(folder / "images" / "0.jpg")]
+    file = write_pairs(folder, [{"image": name, "en": f"row {n}"} for n, name in enumerate(names)])
+    (folder / "images" / "0.jpg").write_bytes(jpeg(0))
+    (folder / "images" / "link.jpg").symlink_to(private / "x.jpg")
+    out = pack(file, tmp_path / "out")
+    assert "left out 4 of 7 rows" in out and "4 outside the folder" in out and "--allow-outside" in out
+    told = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text("utf-8").splitlines()]
+    assert [entry["row"] for entry in told] == [2, 3, 4, 5]
+    source = ShardSource(str(tmp_path / "out"), caption_fields={"en": "en"})
+    assert [source.read("en", i).image for i in range(3)] == [jpeg(0)] * 3
+    out = pack(file, tmp_path / "all", "--allow-outside")
+    assert "left out" not in out and out.splitlines()[-1].startswith("packed 7 samples")
+
+
+def test_links_out_of_a_folder_of_pictures_are_left_out(tmp_path: Path, pack) -> None:
+    folder, secret = tmp_path / "pictures", tmp_path / "secret.txt"
+    folder.mkdir()
+    secret.write_text("a password")
+    for n in range(3):
+        (folder / f"{n}.jpg").write_bytes(jpeg(n))
+        (folder / f"{n}.en.txt").write_text(f"picture {n}")
+    (folder / "1.en.txt").unlink()
+    (folder / "1.en.txt").symlink_to(secret)
+    (folder / "2.jpg").unlink()
+    (folder / "2.jpg").symlink_to("2.jpg")  # a circle
+    out = pack(folder, tmp_path / "out")
+    assert "1 outside the folder" in out and out.splitlines()[-1].startswith("packed 1 sample ")
+    assert b"a password" not in b"".join(contents(tmp_path / "out").values())
+
+
 def test_nothing_to_pack_is_an_error(tmp_path: Path, pack) -> None:
     file = write_pairs(tmp_path, [{"image": "images/none.jpg", "en": "a"}])
     out = pack(file, tmp_path / "out", fails=True)
