@@ -27,7 +27,8 @@ def main() -> None:
         loader = build_loader(config, run, sources, llm.codec)
         stage = build_stage(config, run, llm)
         evaluators = [build(node, codec=llm.codec, name=name) for name, node in config.train.evaluator.items() if node]
-        done = train(config, run, stage, loader, evaluators)
+        flops = stage.model.train_flops_per_sample
+        done = train(config, run, stage, loader, evaluators, flops_per_sample=flops)
         write_results(config, run, stage.model, done)
         finish()
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import IGNORED, DialogueBatch
+from model import flops
 from model.generation import Decoding, Generation, generate
 from model.image_text import VisionEncoder
 from model.llm.base import LanguageModel
@@ -104,6 +105,10 @@ class VisualChatModel(nn.Module):
         target_T = (label_S == IGNORED).to(torch.uint8).argsort(stable=True)[: batch.num_target_tokens]
         logits_TV = self.llm.logits(hidden_BLD[:, :-1].flatten(0, 1)[target_T])
         return Prediction(logits_TV, label_S[target_T], target_T // (batch.text_length - 1))
+
+    def train_flops_per_sample(self, batch: DialogueBatch) -> float:
+        """Of the arithmetic that training on such a batch does, recomputed blocks included (`model/flops.py`)."""
+        return flops.stage_two(self, batch) / len(batch)
 
     # ------------------------------------------------------------------------------------------------------- talking
 
