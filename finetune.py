@@ -84,18 +84,13 @@ def build_loader(config: DictConfig, run: Any, sources: Any, codec: Any) -> Any:
 
 def build_stage(config: DictConfig, run: Any, llm: Any) -> Any:
     """Model with its starting weights, what is put on it to learn, and the objective."""
+    from model.assemble import assemble
     from train.stage import Stage
 
-    vision = build(config.model.vision)
-    # the Q-Former's text side is taken out, so its vocabulary may be anything
-    qformer = build(config.model.qformer, vocab_size=1, pad_id=0, image_width=vision.width)
-    model = build(config.model.visual_chat, vision=vision, qformer=qformer, llm=llm)
-    adapter = build(config.model.adapter)
     if config.train.engine.zero_stage == 3:
-        adapter.check_zero3()
-    adapter.prepare(model, device=run.device)
-    run.say(str(build(config.model.weights)(model)))
-    adapter.attach(model, device=run.device)
+        build(config.model.adapter).check_zero3()
+    model, report = assemble(config.model, llm, device=run.device)
+    run.say(str(report))
     return Stage(model, build(config.train.loss), run.ranks)
 
 

@@ -38,10 +38,7 @@ def beam_search(
         ValueError: rows that differ in more than their repetition penalty.
     """
     assert llm.codec is not None
-    first, num_rows, device = rows[0], len(ids_BL), ids_BL.device
-    for row in rows:
-        if (row.max_new_tokens, row.length_penalty) != (first.max_new_tokens, first.length_penalty):
-            raise ValueError("max_new_tokens and length_penalty have to be the same for all rows of a beam search")
+    first, num_rows, device = _alike(rows), len(ids_BL), ids_BL.device
     num_beams, pad_id = first.num_beams, llm.codec.pad_id
     stop = torch.tensor(llm.codec.stop_ids, device=device)
     hidden_BD, cache = llm.prefill(embedded_BLD, ids_BL, mask_BL, room=first.max_new_tokens)
@@ -90,6 +87,14 @@ def beam_search(
     ends_BN = torch.isin(best_BN, stop)
     length_B = torch.where(ends_BN.any(dim=1), ends_BN.int().argmax(dim=1) + 1, first.max_new_tokens)
     return best_BN[:, : int(length_B.max())]
+
+
+def _alike(rows: Sequence[Decoding]) -> Decoding:
+    """The first, which the others are like."""
+    for row in rows:
+        if (row.max_new_tokens, row.length_penalty) != (rows[0].max_new_tokens, rows[0].length_penalty):
+            raise ValueError("max_new_tokens and length_penalty have to be the same for all rows of a beam search")
+    return rows[0]
 
 
 def _rows(table_BKN: Tensor, index_BC: Tensor) -> Tensor:

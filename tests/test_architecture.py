@@ -28,7 +28,7 @@ MAY_IMPORT = {  # package -> what it may import of ours
     "serve": ("data", "model", "serve"),
 }
 ONLY_IN = {  # library -> where it may be imported at all
-    "hydra": ("train/config.py",),
+    "hydra": ("train/config.py", "model/build.py"),
     "torch.distributed": ("train/distributed.py", "train/engine.py", "train/torchrun.py"),  # the last starts processes
     "deepspeed": ("train/engine.py",),
     "sat": ("model/llm/", "model/weights/"),
@@ -45,7 +45,7 @@ LAZY_BUT_IN = {  # slow to import: only inside functions, but for these files
     "transformers": ("model/vision/", "model/weights/", "model/tokenizer.py", "model/llm/"),
 }
 LOSS_MAY_IMPORT = (
-    ("__future__", "torch", "dataclasses", "typing", "collections", "math")
+    ("__future__", "torch", "dataclasses", "typing", "collections", "math", "annotated_types")
     + ("data.batch", "model", "train.distributed", "train.loss")  # what a loss is handed: a batch, a model, the ranks
 )
 

@@ -11,23 +11,15 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train.config_check import (
-    PACKAGES,
-    ConfigError,
-    Places,
-    as_forced,
-    choices_and_bounds,
-    resolved_type,
-    targets,
-    unknown_keys,
-)
+from model.build import ConfigError
+from model.build import build as build
+from train.config_check import Places, as_forced, choices_and_bounds, resolved_type, unknown_keys
 from train.failure import stop
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
@@ -109,6 +101,7 @@ class TrainConfig:
         "auto: bf16 on a GPU, fp32 on a CPU; trainable weights are fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
+    compile: bool = key(False, "torch.compile for the networks' repeated blocks: faster on a GPU, minutes at the start")
     clip_grad_norm: float = key(1.0, "2-norm the whole gradient is clipped to; 0 does not clip", least=0)
     loss: Any = key(None, "the objectives", free="target")
     optim: OptimConfig = key(OptimConfig, "AdamW and its schedule")
@@ -177,28 +170,11 @@ def compose(
         first = missing[0]
         raise ConfigError(f"not set: {', '.join(missing)}.  Say it on the command line, e.g. {first}=...")
     problems = choices_and_bounds(config, schema, places)
+    if not problems:  # again, now that it is seen what interpolations lead to
+        problems = unknown_keys(OmegaConf.to_container(config), schema, places, config_dir)
     if problems:
         raise ConfigError("\n".join(problems))
     return config
-
-
-def build(node: Any, **arguments: Any) -> Any:
-    """The object a checked `_target_` node describes; `arguments` are what code knows and YAML does not.
-
-    Nothing outside our own packages is called, whatever a config says: Hydra's own list of forbidden functions has been
-    got around (GHSA-37p2-j732-x8pj).  Arguments are handed over as they are, never copied into a config.
-    """
-    from hydra.utils import instantiate
-
-    plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
-    if not isinstance(plain, dict) or "_target_" not in plain:
-        raise ConfigError(f"expected a node with _target_, got {plain!r}")
-    for target in targets(plain):
-        if target.partition(".")[0] not in PACKAGES:
-            raise ConfigError(f"_target_ {target}: only things in {', '.join(PACKAGES)} are built from a config")
-    wants_partial = bool(plain.pop("_partial_", False))
-    factory = instantiate({**plain, "_partial_": True, "_convert_": "all"})
-    return partial(factory, **arguments) if wants_partial else factory(**arguments)
 
 
 def from_command_line(name: str, *, schema: type = Config, argv: Sequence[str] | None = None) -> DictConfig:

@@ -6,6 +6,7 @@ import difflib
 import importlib
 import inspect
 import math
+import operator
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,58 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-PACKAGES = ("data", "model", "train", "serve")
+from model.build import PACKAGES, ConfigError
+
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_"}
 Path_ = tuple[str, ...]
-
-# What train.* says already: setting it in the DeepSpeed section would make two masters.
-OURS = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.global_batch_size",
-    "gradient_accumulation_steps": "train.accumulate",
-    "gradient_clipping": "train.clip_grad_norm",
-    "optimizer": "train.optim",
-    "scheduler": "train.optim",
-    "fp16": "train.precision",
-    "bf16": "train.precision",
-    "checkpoint": "train.save_every",
-}
-# DeepSpeed 0.19 reads these at top level and ignores every other silently (runtime/config.py, _initialize_params).
-DEEPSPEED_KEYS = {
-    "activation_checkpointing", "aio", "comms_logger", "communication_data_type", "compile", "csv_monitor",
-    "data_types", "disable_allgather", "dump_state", "flops_profiler", "gradient_allreduce_op",
-    "gradient_predivide_factor", "log_level", "memory_breakdown", "prescale_gradients",
-    "seq_parallel_communication_data_type", "steps_per_print", "tensorboard", "timers", "torch_autocast",
-    "wall_clock_breakdown", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "zero_optimization",
-}  # fmt: skip
-# Sections that DeepSpeed reads without a model that could be asked for its keys.
-DEEPSPEED_PLAIN = {
-    "torch_autocast": {"enabled", "dtype", "lower_precision_safe_modules"},
-    "data_types": {"grad_accum_dtype", "param_dtype", "buffer_dtype", "keep_in_fp32_modules"},
-    "activation_checkpointing": {
-        "partition_activations", "number_checkpoints", "contiguous_memory_optimization",
-        "synchronize_checkpoint_boundary", "cpu_checkpointing", "profile",
-    },
-    "aio": {
-        "block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events", "use_gds",
-    },
-    "flops_profiler": {
-        "enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file",
-    },
-}  # fmt: skip
-DEEPSPEED_MODELS = {
-    "zero_optimization": "deepspeed.runtime.zero.config:DeepSpeedZeroConfig",
-    "comms_logger": "deepspeed.comm.config:CommsLoggerConfig",
-    "compile": "deepspeed.compile.config:CompileConfig",
-    "tensorboard": "deepspeed.monitor.config:TensorBoardConfig",
-    "csv_monitor": "deepspeed.monitor.config:CSVConfig",
-}
-
-
-class ConfigError(ValueError):
-    """A config that cannot be meant; the message is for the person who wrote it."""
 
 
 class Places:
@@ -84,7 +39,8 @@ class Places:
         dotted = ".".join(path)
         for override in self.overrides:
             written = override.lstrip("+~").partition("=")[0]
-            if written == dotted or written.startswith(dotted + "."):
+            inside = dotted.startswith(written + ".") and path[-1] in override  # a.b={c: 1}
+            if inside or written == dotted or written.startswith(dotted + "."):
                 return f"on the command line: {override}"
         others = [file for file in sorted(self.config_dir.rglob("*.yaml")) if file not in self.chosen]
         for file in [*reversed(self.chosen), *others]:
@@ -214,36 +170,16 @@ class _Checker:
                     yield from self.nested(inner, (*path, str(key)))
 
     def deepspeed(self, section: Mapping[str, Any], path: Path_) -> Iterator[str]:
-        for name, value in section.items():
-            here = (*path, str(name))
-            if name in OURS:
-                yield f"{'.'.join(here)}: set {OURS[name]} instead ({self.places.of(here)})"
-            elif name not in DEEPSPEED_KEYS:
-                yield self.unknown(here, DEEPSPEED_KEYS)
-            elif isinstance(value, Mapping):
-                if name in DEEPSPEED_PLAIN:
-                    yield from self.plain(value, DEEPSPEED_PLAIN[name], here)
-                elif name in DEEPSPEED_MODELS and self.imports:
-                    yield from self.pydantic(value, _deepspeed_model(DEEPSPEED_MODELS[name]), here)
-
-    def plain(self, section: Mapping[str, Any], known: Iterable[str], path: Path_) -> Iterator[str]:
-        for name in section:
-            if name not in known:
-                yield self.unknown((*path, str(name)), known)
-
-    def pydantic(self, section: Mapping[str, Any], model: Any, path: Path_) -> Iterator[str]:
-        if model is None:
+        if not section:
             return
-        known = {alias: item for name, item in model.model_fields.items() for alias in (name, item.alias) if alias}
-        for name, value in section.items():
-            if name not in known:
-                yield self.unknown((*path, str(name)), known)
-            elif name == "stage" and path[-1] == "zero_optimization":
-                where = self.places.of((*path, "stage"))
-                yield f"{'.'.join((*path, 'stage'))}: set train.engine.zero_stage instead ({where})"
-            elif isinstance(value, Mapping):
-                inner = [t for t in _arguments(known[name].annotation) if hasattr(t, "model_fields")]
-                yield from self.pydantic(value, inner[0] if inner else None, (*path, str(name)))
+        from train.config_deepspeed import unknown_keys
+
+        for inner, found in unknown_keys(section, imports=self.imports):
+            here = (*path, *inner)
+            if isinstance(found, str):
+                yield f"{'.'.join(here)}: set {found} instead ({self.places.of(here)})"
+            else:
+                yield self.unknown(here, found)
 
     def unknown(self, path: Path_, known: Iterable[str]) -> str:
         name, parent, known = path[-1], ".".join(path[:-1]), sorted(known)
@@ -262,7 +198,7 @@ class _Checker:
 def _hints_of(target: Any) -> dict[str, Any]:
     """Parameter -> annotation; nothing for what cannot be resolved."""
     try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     except (NameError, TypeError, AttributeError):
         return {}
 
@@ -272,6 +208,8 @@ def _misfit(value: Any, annotation: Any) -> str | None:
     if isinstance(value, str) and ("${" in value or value == "???"):
         return None  # resolved, or asked for, later
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return _misfit(value, arguments[0]) or _out_of_bounds(value, arguments[1:])
     if origin is typing.Literal:
         return None if value in arguments else f"one of {', '.join(map(str, arguments))}"
     if origin in (typing.Union, types.UnionType):
@@ -283,6 +221,22 @@ def _misfit(value: Any, annotation: Any) -> str | None:
     fits = isinstance(value, plain[annotation]) and (annotation is bool or not isinstance(value, bool))
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     return None if fits else names[annotation]
+
+
+def _out_of_bounds(value: Any, bounds: Iterable[Any]) -> str | None:
+    """Of `Annotated[float, Ge(0)]`, where a signature says more than a type."""
+    if not isinstance(value, int | float):
+        return None
+    if not math.isfinite(value):
+        return "a finite number"
+    wanted = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    fits = {"ge": operator.ge, "gt": operator.gt, "le": operator.le, "lt": operator.lt}
+    for bound in bounds:
+        for name, words in wanted.items():
+            limit = getattr(bound, name, None)
+            if limit is not None and not fits[name](value, limit):
+                return f"{words} {limit}"
+    return None
 
 
 def find(target: str) -> Any:
@@ -303,18 +257,6 @@ def find(target: str) -> Any:
             found = getattr(found, name)
         return found
     raise ImportError(f"no module named {parts[0]}")
-
-
-def targets(node: Any) -> Iterator[str]:
-    """Every `_target_` in a node, however deep."""
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield str(node["_target_"])
-        for value in node.values():
-            yield from targets(value)
-    elif isinstance(node, list):
-        for value in node:
-            yield from targets(value)
 
 
 def as_forced(override: str, config_dir: Path) -> str:
@@ -356,7 +298,17 @@ def choices_and_bounds(config: DictConfig, schema: type, places: Places, path: P
             problems.append(f"{'.'.join(here)}={value} ({places.of(here)}): at least {least}")
         if below is not None and value >= below:
             problems.append(f"{'.'.join(here)}={value} ({places.of(here)}): below {below}")
+        if item.metadata.get("free") == "deepspeed" and value:
+            problems += _deepspeed_values(value, here, places, zero_stage=config.zero_stage)
     return problems
+
+
+def _deepspeed_values(section: DictConfig, path: Path_, places: Places, *, zero_stage: int) -> list[str]:
+    from train.config_deepspeed import impossible_values
+
+    plain: Any = OmegaConf.to_container(section)
+    found = impossible_values(plain, zero_stage=zero_stage)
+    return [f"{'.'.join((*path, *at))}={value} ({places.of((*path, *at))}): {wrong}" for at, value, wrong in found]
 
 
 @cache
@@ -374,24 +326,3 @@ def _schema_paths(schema: type, path: Path_ = ()) -> Iterator[Path_]:
         yield (*path, item.name)
         if is_dataclass(kind):
             yield from _schema_paths(kind, (*path, item.name))  # type: ignore[arg-type]
-
-
-def _deepspeed_model(address: str) -> Any:
-    """Imports DeepSpeed, so only for a config that has such a section."""
-    import os
-
-    if not _cuda_visible():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
-    module, _, name = address.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-def _cuda_visible() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
-def _arguments(annotation: Any) -> list[Any]:
-    return [annotation, *typing.get_args(annotation)]
