@@ -196,24 +196,21 @@ def build_stage(config: DictConfig, device: torch.device) -> Stage:
     adapter = build(config.model.adapter)
     adapter.prepare(model, device=device)
     if quantised:
-        fill(model, random_checkpoint(model.llm, device), [Part(f"llm.{n}", (n,), "llm") for n in parameter_names(llm)])
+        checkpoint = random_checkpoint(llm, device, getattr(torch, config.model.llm.dtype))
+        fill(model, checkpoint, [Part(f"llm.{name}", (name,), "llm") for name in checkpoint.shapes])
     adapter.attach(model, device=device)
     return Stage(model, build(config.train.loss), Ranks.alone())
 
 
-def parameter_names(module: torch.nn.Module) -> list[str]:
-    return [name for name, _ in module.named_parameters()]
-
-
-def random_checkpoint(llm: torch.nn.Module, device: torch.device) -> Checkpoint:
+def random_checkpoint(llm: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Checkpoint:
     """Each tensor is drawn when it is asked for, as one from a file is read."""
-    parameters = dict(llm.named_parameters())
+    shapes = {name: tuple(parameter.shape) for name, parameter in llm.named_parameters()}
 
     def read(name: str) -> torch.Tensor:
-        tensor = torch.empty(parameters[name].shape, dtype=parameters[name].dtype, device=device)
+        tensor = torch.empty(shapes[name], dtype=dtype, device=device)
         return tensor.normal_(0, 0.02) if tensor.ndim > 1 else tensor.fill_(float("norm" in name and "weight" in name))
 
-    return Checkpoint("random numbers", {n: tuple(p.shape) for n, p in parameters.items()}, read)
+    return Checkpoint("random numbers", shapes, read)
 
 
 @contextlib.contextmanager
@@ -276,6 +273,8 @@ def profile(engine: Engine, steps: Sequence[Sequence[DialogueBatch]], rows: int)
     events = trace.key_averages()
     for name, attribute in (("GPU", "self_device_time_total"), ("host", "self_cpu_time_total")):
         total = sum(getattr(event, attribute) for event in events)
+        if not total:  # no GPU
+            continue
         print(f"{name}: {total / 3e3:.1f} ms a step; share, ms a step, calls a step")
         for event in sorted(events, key=lambda e: getattr(e, attribute), reverse=True)[:rows]:
             spent = getattr(event, attribute)
