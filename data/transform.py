@@ -34,6 +34,14 @@ class PictureTransform(Protocol):
         ...
 
 
+class PairTransform(PictureTransform, Protocol):
+    """What evaluators ask of a transform: picture and words, each by itself."""
+
+    def caption(self, text: str, language: str) -> str:
+        """Raises BadSample where nothing is left."""
+        ...
+
+
 @dataclass(frozen=True)
 class TrainTransform:
     """Random resized crop and flip, as BLIP-2 trains (lavis/processors/blip_processors.py, blip2_image_train).
@@ -63,8 +71,12 @@ class TrainTransform:
 
     def __call__(self, sample: RawSample, language: str, rng: np.random.Generator) -> tuple[Tensor, str]:
         # the text first: it costs nothing and may be bad already
-        caption = _caption(draw_caption(sample, language, rng), language, self.clean)
+        caption = self.caption(draw_caption(sample, language, rng), language)
         return self.picture(sample.image, rng), caption
+
+    def caption(self, text: str, language: str) -> str:
+        """As it is trained on.  Raises BadSample where nothing is left."""
+        return _caption(text, language, self.clean)
 
     def picture(self, image: bytes | Image.Image | np.ndarray, rng: np.random.Generator) -> Tensor:
         """uint8 (3, image_size, image_size)"""
@@ -87,8 +99,11 @@ class EvalTransform:
         _check(self.image_size, self.max_pixels)
 
     def __call__(self, sample: RawSample, language: str, rng: np.random.Generator | None = None) -> tuple[Tensor, str]:
-        caption = _caption(sample.captions[0], language, self.clean)
-        return self.image(sample.image), caption
+        return self.image(sample.image), self.caption(sample.captions[0], language)
+
+    def caption(self, text: str, language: str) -> str:
+        """As training has it.  Raises BadSample where nothing is left."""
+        return _caption(text, language, self.clean)
 
     def picture(self, image: bytes | Image.Image | np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
         """The same as `image`: nothing is drawn."""

@@ -1,4 +1,4 @@
-"""Retrieval and caption evaluators against plain loops, alone and on two ranks."""
+"""Captions judged and scored, the pool that evaluators read, and the pictures they draw; alone and on three ranks."""
 
 from __future__ import annotations
 
@@ -8,172 +8,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from data.source import BadSample, RawSample
 from data.source.synthetic import SceneJudge, SceneSource
 from data.transform import EvalTransform
-from model.image_text import ImageTextModel
-from model.qformer import QFormer
-from model.tokenizer import CaptionTokenizer, train_wordpiece
-from model.vision import eva_vit
 from tests.ranks import run_ranks
+from tests.train.tiny_evaluation import CPU, NUM_SCENES, Album, codec, scenes, small_model, train_tokenizer
 from train.distributed import Ranks
-from train.evaluator import evaluating
+from train.evaluator import own_share
 from train.evaluator.caption import CaptionEvaluator, before_end
 from train.evaluator.picture import BUNDLED_FONT, chinese_font_path, text_beside_images
-from train.evaluator.pool import own_share, read_pool
-from train.evaluator.retrieval import RetrievalEvaluator, recall_at
+from train.evaluator.pool import Pool, read_pool
+from train.evaluator.predictions import Predictions
+from train.evaluator.text_metrics import text_scores
 
-CPU = torch.device("cpu")
-NUM_SCENES = 11
+ALONE = Ranks.alone()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = SceneSource(300)
-    texts = [text for i in range(300) for language in ("zh", "en") for text in source.scene(i).captions(language)]
-    return train_wordpiece(texts, 400, tmp_path_factory.mktemp("tokenizer"))
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def codec(folder: Path) -> CaptionTokenizer:
-    return CaptionTokenizer(str(folder), bos="per_language")
-
-
-def scenes() -> SceneSource:
-    return SceneSource(NUM_SCENES, split="held_out", image_size=32)
-
-
-def small_model(vocab_size: int, seed: int = 0) -> ImageTextModel:
-    vision = eva_vit(image_size=32, patch_size=8, width=24, num_layers=1, num_heads=2, mlp_width=48, frozen=False)
-    qformer = QFormer(
-        vocab_size=vocab_size,
-        image_width=24,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=2,
-        intermediate_size=64,
-        num_query_tokens=3,
-        max_positions=48,
-    )
-    model = ImageTextModel(vision, qformer, embed_dim=16)
-    torch.manual_seed(seed)
-    for parameter in model.parameters():  # random but far from indifferent: no ties, no equal captions
-        torch.nn.init.normal_(parameter, std=0.7)
-    return model
-
-
-def retrieval(folder: Path, **options: object) -> RetrievalEvaluator:
-    settings = {"rerank": 4, "batch_size": 3, "max_text_tokens": 40, "examples": 2, **options}
-    return RetrievalEvaluator(scenes(), EvalTransform(image_size=32), codec(folder), **settings)  # type: ignore[arg-type]
-
-
-@torch.no_grad()
-def plain_recall(evaluator: RetrievalEvaluator, model: ImageTextModel, language: str) -> dict[str, float]:
-    """One image and one text at a time, as one reads the protocol of LAVIS."""
-    model.eval()
-    pool = evaluator.pools[language]
-    images = [model.encode_image(image[None]) for image in pool.image_ICHW]
-    texts = [
-        (ids[None, : int(mask.sum())], mask[None, : int(mask.sum())])
-        for ids, mask in zip(pool.text_ids_TL, pool.text_mask_TL, strict=True)
-    ]
-    cosine = np.array(
-        [
-            [max(float(query @ model.encode_text(*text)[0]) for query in image.query_BQE[0]) for text in texts]
-            for image in images
-        ]
-    )
-    owner = pool.image_of_T.tolist()
-    expected: dict[str, float] = {}
-    for direction in ("image_to_text", "text_to_image"):
-        forward = direction == "image_to_text"
-        table = cosine if forward else cosine.T
-        for how in ("itc", "itm"):
-            hits = {k: 0 for k in evaluator.recall}
-            for row, scores in enumerate(table):
-                order = sorted(range(len(scores)), key=lambda column: -scores[column])
-                if how == "itm":
-                    best = order[: evaluator.rerank]
-                    logit = {c: _match(model, images, texts, *((row, c) if forward else (c, row))) for c in best}
-                    order = (
-                        sorted(best, key=lambda column: -(logit[column] + scores[column])) + order[evaluator.rerank :]
-                    )
-                for k in hits:
-                    hits[k] += any(
-                        pool.captions[t] in {pool.captions[o] for o, i in enumerate(owner) if i == image}
-                        for image, t in (((row, c) if forward else (c, row)) for c in order[:k])
-                    )
-            expected |= {f"{how}/{direction}/r@{k}": hit / len(table) for k, hit in hits.items()}
-    return expected
-
-
-def _match(model: ImageTextModel, images: list, texts: list, image: int, text: int) -> float:
-    return float(model.match(images[image], *texts[text])[0, 1])
-
-
-def test_equals_a_plain_loop(tokenizer_dir: Path) -> None:
-    evaluator = retrieval(tokenizer_dir, captions_per_image=2)
-    model = small_model(codec(tokenizer_dir).vocab_size)
-    found = evaluator(model, device=CPU, ranks=Ranks.alone())
-    for language in ("zh", "en"):
-        expected = plain_recall(evaluator, model, language)
-        assert len(expected) == 12
-        assert {key: found.metrics[f"{language}/{key}"] for key in expected} == pytest.approx(expected)
-        assert len(set(expected.values())) > 3  # numbers that could differ
-        assert found.metrics[f"{language}/num_images"] == NUM_SCENES
-        assert found.metrics[f"{language}/num_texts"] == 2 * NUM_SCENES
-    assert any(f"pool of {NUM_SCENES} images and {2 * NUM_SCENES} texts" in line for line in found.lines)
-
-
-def test_more_candidates_asked_for_than_there_are(tokenizer_dir: Path) -> None:
-    model = small_model(codec(tokenizer_dir).vocab_size)
-    all_of_them, more = (retrieval(tokenizer_dir, rerank=k) for k in (NUM_SCENES, 128))
-    expected = all_of_them(model, device=CPU, ranks=Ranks.alone()).metrics
-    assert more(model, device=CPU, ranks=Ranks.alone()).metrics == expected
-
-
-def test_an_identical_caption_is_a_right_one(tokenizer_dir: Path) -> None:
-    """Text 2 reads like text 0, so it is right for image 0 too, whichever of the two ranks first."""
-
-    class Twins:
-        name, languages = "twins", ("en",)
-
-        def num_samples(self, language: str) -> int:
-            return 3
-
-        def read(self, language: str, index: int) -> RawSample:
-            image = Image.new("RGB", (32, 32), (80 * index, 0, 0))
-            return RawSample(image, ("a red star", "a blue moon", "a red star")[index : index + 1], str(index))
-
-        def fingerprint(self) -> dict:
-            return {}
-
-    pool = read_pool(
-        Twins(),
-        "en",
-        EvalTransform(image_size=32),
-        codec(tokenizer_dir),
-        num_samples=None,
-        captions_per_image=None,
-        max_text_tokens=20,
-    )
-    expected = torch.tensor([[True, False, True], [False, True, False], [True, False, True]])
-    assert torch.equal(pool.is_right(), expected)
-    score_IT = torch.tensor([[0.1, 0.2, 0.9], [0.3, 0.2, 0.1], [0.5, 0.4, 0.1]])
-    assert recall_at(score_IT, pool.is_right(), 1) == pytest.approx(2 / 3)
-    assert recall_at(score_IT, pool.is_right(), 2) == 1.0
-
-
-def test_the_model_is_left_as_it_was(tokenizer_dir: Path) -> None:
-    model = small_model(codec(tokenizer_dir).vocab_size)
-    model.train()
-    model.vision.eval()  # type: ignore[attr-defined]
-    expected = {name: module.training for name, module in model.named_modules()}
-    assert len(set(expected.values())) == 2
-    retrieval(tokenizer_dir)(model, device=CPU, ranks=Ranks.alone())
-    assert {name: module.training for name, module in model.named_modules()} == expected
+# ------------------------------------------------------------------------------------------------------------ captions
 
 
 @dataclass
@@ -207,9 +64,13 @@ def test_captions_are_judged_one_by_one(tokenizer_dir: Path) -> None:
     expected = sum(1 for i in range(NUM_SCENES) if i % 3 or i == 0) / NUM_SCENES
     parrot = Parrot([tokenizer.encode(text)[1:] for language in ("zh", "en") for text in said[language]])
     evaluator = CaptionEvaluator(source, EvalTransform(image_size=32), tokenizer, SceneJudge(), batch_size=4)
-    found = evaluator(parrot, device=CPU, ranks=Ranks.alone())  # type: ignore[arg-type]
+    found = evaluator(parrot, device=CPU, ranks=ALONE)  # type: ignore[arg-type]
     for language in ("zh", "en"):
         assert found.metrics[f"{language}/exactly_right"] == pytest.approx(expected)
+        references = [source.scene(i).captions(language) for i in range(NUM_SCENES)]
+        scores = text_scores([tokenizer.decode(tokenizer.encode(t)) for t in said[language]], references, language)
+        assert {key: found.metrics[f"{language}/{key}"] for key in scores} == pytest.approx(scores)
+        assert 0.5 < found.metrics[f"{language}/{'jieba' if language == 'zh' else '13a'}/bleu_4"] < 1
     assert set(found.pictures) == {"zh", "en"}
 
 
@@ -218,58 +79,90 @@ def test_what_follows_the_end_is_cut() -> None:
     assert before_end([5, 6], 3) == [5, 6]
 
 
-def test_unreadable_samples_are_left_out(tokenizer_dir: Path) -> None:
-    class Holes(SceneSource):
-        def read(self, language: str, index: int) -> RawSample:
-            if index % 2:
-                raise BadSample("truncated image")
-            return super().read(language, index)
+# ------------------------------------------------------------------------------------------------------------ the pool
 
-    options = {"captions_per_image": 1, "max_text_tokens": 40}
-    pool = read_pool(Holes(6), "en", EvalTransform(image_size=32), codec(tokenizer_dir), num_samples=6, **options)
-    assert [sample.key for sample in pool.samples] == [SceneSource(6).read("en", i).key for i in (0, 2, 4)]
-    assert pool.image_of_T.tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match="asks for 7 samples of 'en'; source 'scenes' has 6"):
-        read_pool(Holes(6), "en", EvalTransform(image_size=32), codec(tokenizer_dir), num_samples=7, **options)
+
+def pool_of(source: Album, folder: Path, **options: int | None) -> Pool:
+    settings = {"num_samples": None, "captions_per_image": None, "max_text_tokens": 40, **options}
+    return read_pool(source, "en", EvalTransform(image_size=32), codec(folder), ALONE, **settings)  # type: ignore[arg-type]
+
+
+def test_a_pool_knows_who_belongs_to_whom(tokenizer_dir: Path) -> None:
+    """Equal pictures are one image; a query is one text for all its images; an image without a text stays."""
+    query = ("a bag", "q1")
+    album = Album(
+        [(0, ["A dog.", "a cat"]), None, (1, [query]), (0, ["a cat", "a cow"]), (2, []), (3, [query, "a dog"])]
+    )
+    pool = pool_of(album, tokenizer_dir)
+    assert [sample.key for sample in pool.samples] == ["sample 0", "sample 2", "sample 4", "sample 5"]
+    assert pool.captions == ("a dog", "a cat", "a bag", "a cow", "a dog")
+    assert pool.pair_P2.tolist() == [[0, 0], [0, 1], [0, 3], [1, 2], [3, 2], [3, 4]]
+    assert pool.references[0] == ("A dog.", "a cat", "a cow") and pool.references[2] == ()
+    assert pool.num_left_out == 1 and pool.own_K.tolist() == [0, 1, 2, 3]
+    expected = EvalTransform(image_size=32).picture(scenes().picture(3))
+    assert torch.equal(pool.pictures([3], ALONE)[3], expected)
+
+
+def test_captions_of_an_image_begin_with_another_one_each(tokenizer_dir: Path) -> None:
+    pool = pool_of(Album([(i, ["a", "b", "c"]) for i in range(4)]), tokenizer_dir, captions_per_image=1)
+    assert pool.captions == ("a", "b", "c", "a")
+
+
+def test_more_samples_asked_for_than_there_are(tokenizer_dir: Path) -> None:
+    with pytest.raises(ValueError, match="asks for 7 samples of 'en'; source 'album' has 2"):
+        pool_of(Album([(0, ["a"]), (1, ["b"])]), tokenizer_dir, num_samples=7)
+    with pytest.raises(ValueError, match="none of the 2 samples"):
+        pool_of(Album([None, None]), tokenizer_dir)
 
 
 @pytest.mark.parametrize(("number", "count"), [(5, 4), (3, 4), (8, 2), (7, 2), (1, 3)])
-def test_every_row_has_one_owner_and_every_rank_as_many(number: int, count: int) -> None:
-    shares = [own_share(number, Ranks(rank, count)) for rank in range(count)]
-    assert len({len(rows) for rows, _ in shares}) == 1
-    owned = [row for rows, own in shares for row in rows[:own].tolist()]
-    assert owned == list(range(number))
-    gathered = torch.cat([rows for rows, _ in shares])[:number]
-    assert gathered.tolist() == list(range(number))
+def test_every_row_has_one_owner(number: int, count: int) -> None:
+    shares = [list(own_share(number, Ranks(rank, count))) for rank in range(count)]
+    assert [row for share in shares for row in share] == list(range(number))
+    assert max(map(len, shares)) == -(-number // count)
 
 
-def _on_rank(folder: str) -> tuple[dict, list, int]:
-    torch.set_num_threads(1)
+# ---------------------------------------------------------------------------------------------------- many ranks, twice
+
+
+def said_on_rank(folder: str, file: str) -> tuple[dict, list[str], int]:
+    """Captions of five pictures; how often the model was asked."""
     ranks = Ranks.connect(CPU)
     tokenizer = codec(Path(folder))
     model = small_model(tokenizer.vocab_size, seed=4)  # one that says different things of different images
-    # 4 rows on 3 ranks: the last rank has none of its own, and must not count the last row once more
-    evaluator = retrieval(Path(folder), num_samples=4, rerank=2)
-    found = evaluator(model, device=CPU, ranks=ranks)
-    captions = CaptionEvaluator(
-        scenes(), EvalTransform(image_size=32), tokenizer, SceneJudge(), max_new_tokens=8, batch_size=4
-    )
     with torch.no_grad():  # random weights might end every caption at once
         model.qformer.language_head.decoder.bias[tokenizer.eos_id] = -100.0
-    with evaluating(model):
-        said = captions.captions(model, captions.pools["zh"], CPU, ranks)
-        score_IT, _ = dict(evaluator.scores(model, evaluator.pools["en"], CPU, ranks))["itm"]
-    return {**found.metrics, "said": said}, score_IT.tolist(), len(found.pictures)
+    evaluator = CaptionEvaluator(
+        Album([(0, ["a"]), (1, ["b"]), None, (2, ["c"]), (3, ["d"]), (4, ["e"])]),
+        EvalTransform(image_size=32), tokenizer, SceneJudge(), max_new_tokens=8, batch_size=1,
+    )  # fmt: skip
+    asked, encode = [0], model.encode_image
+
+    def counting(image: Tensor) -> object:
+        asked[0] += 1
+        return encode(image)
+
+    model.encode_image = counting  # type: ignore[method-assign, assignment]
+    path = Path(file)
+    predictions = Predictions(ranks, path)
+    found = evaluator(model, device=CPU, ranks=ranks, predictions=predictions)
+    predictions.close()
+    ranks.barrier()
+    return dict(found.metrics), path.read_text().splitlines(), asked[0]
 
 
-def test_three_ranks_find_what_one_finds(tokenizer_dir: Path) -> None:
-    expected, expected_score_IT, num_pictures = _on_rank(str(tokenizer_dir))
-    assert len(set(expected["said"])) > 2
-    assert num_pictures == 2
-    for rank, (metrics, score_IT, pictures) in enumerate(run_ranks(3, _on_rank, str(tokenizer_dir))):
+def test_three_ranks_say_what_one_says_and_go_on_where_it_stopped(tokenizer_dir: Path, tmp_path: Path) -> None:
+    expected, lines, asked = said_on_rank(str(tokenizer_dir), str(tmp_path / "alone"))
+    assert asked == 5 and len(lines) == 5 and len(set(lines)) == 5 and expected["en/num_images"] == 5
+    cut_off = tmp_path / "predictions.jsonl"
+    cut_off.write_text("\n".join([lines[1], lines[4], lines[2][:-9]]), encoding="utf-8")
+    for metrics, rewritten, times in run_ranks(3, said_on_rank, str(tokenizer_dir), str(cut_off)):
         assert metrics == expected
-        assert np.array(score_IT) == pytest.approx(np.array(expected_score_IT), abs=1e-5)
-        assert pictures == (2 if rank == 0 else 0)
+        assert rewritten == lines
+        assert times == 1  # three were left, one for each rank
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
 
 
 def test_the_bundled_font_has_every_character_of_the_captions() -> None:

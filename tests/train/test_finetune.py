@@ -199,7 +199,7 @@ def test_the_command_tells_what_trains_and_what_came_of_it(straight: tuple[Path,
     )
     assert "model.projection" in said and "contrastive" not in said
     assert [line["step"] for line in metrics(run, "eval")] == [0, 0, STEPS, STEPS]
-    assert "measured" in said and "answers/zh/exactly_right" in said and "probe/en/exactly_right" in said
+    assert "measured" in said and "answers/zh/normalised_match" in said and "probe/en/normalised_match" in said
     weights = load_file(run / f"checkpoints/step_{STEPS}/weights.safetensors")
     kinds = {name.split(".")[1] + (" adapter" if "lora_" in name else "") for name in weights}
     assert kinds == {"qformer", "ln_vision", "projection", "llm adapter"}, "they are one checkpoint"

@@ -1,25 +1,27 @@
-"""Greedy captions by ITG, and the share that is exactly right, for each language.
+"""Greedy captions by ITG, for each language: BLEU-4, ROUGE-L and CIDEr against all captions of an image, and the share
+that is exactly right where somebody can tell.
 
-Shape letters   I = images   L = caption length
+Shape letters   I = images   K = this rank's images   L = caption length
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data.batch import TextCodec
 from data.source import RawSample, Source
-from data.transform import Transform
+from data.transform import PairTransform
 from model.image_text import ImageTextModel
 from train.distributed import Ranks
-from train.evaluator import Evaluation, evaluating
-from train.evaluator.picture import caption_examples
-from train.evaluator.pool import Pool, own_share, pools_of
+from train.evaluator import Evaluation, evaluating, in_step
+from train.evaluator.picture import caption_examples, spread
+from train.evaluator.pool import Pool, check_pool, read_pool
+from train.evaluator.predictions import Predictions
+from train.evaluator.text_metrics import text_scores, told
 
 
 class Judge(Protocol):
@@ -33,19 +35,19 @@ class CaptionCodec(TextCodec, Protocol):
 
 
 class CaptionEvaluator:
-    """Captions that are exactly right, by the judge that belongs to the data.
+    """Captions beside the ones that people wrote.
 
     Args: as `RetrievalEvaluator`, and
-        judge: decides; `data.source.synthetic.SceneJudge` for scenes.
+        judge: decides what is exactly right; `data.source.synthetic.SceneJudge` for scenes, None where nobody can.
         max_new_tokens: a caption longer than that is cut, and so hardly right.
     """
 
     def __init__(
         self,
         source: Source,
-        transform: Transform,
+        transform: PairTransform,
         codec: CaptionCodec,
-        judge: Judge,
+        judge: Judge | None = None,
         *,
         name: str = "caption",
         num_samples: int | None = None,
@@ -58,56 +60,91 @@ class CaptionEvaluator:
             raise ValueError(
                 f"evaluator {name!r}: max_new_tokens {max_new_tokens} and batch_size {batch_size} must be 1 or more"
             )
-        self.name, self.codec, self.judge = name, codec, judge
-        self.max_new_tokens, self.batch_size, self.examples = max_new_tokens, batch_size, examples
-        self.pools = pools_of(
-            source,
-            languages,
-            transform,
-            codec,
-            num_samples=num_samples,
-            captions_per_image=1,
-            max_text_tokens=max_new_tokens,
-        )
+        self.name, self.source, self.transform, self.codec, self.judge = name, source, transform, codec, judge
+        self.num_samples, self.max_new_tokens = num_samples, max_new_tokens
+        self.batch_size, self.examples = batch_size, examples
+        self.languages = tuple(languages) if languages else source.languages
+        for language in self.languages:
+            check_pool(source, language, num_samples)
+        self.pools: dict[str, Pool] = {}
 
-    def __call__(self, model: ImageTextModel, *, device: torch.device, ranks: Ranks) -> Evaluation:
+    def __call__(
+        self, model: ImageTextModel, *, device: torch.device, ranks: Ranks, predictions: Predictions | None = None
+    ) -> Evaluation:
+        predictions = predictions or Predictions(ranks)
         metrics: dict[str, float] = {}
         pictures, lines = {}, []
-        for language, pool in self.pools.items():
+        for language in self.languages:
+            pool = self.pool(language, ranks)
             with evaluating(model):
-                captions = self.captions(model, pool, device, ranks)
-            right = [
-                self.judge(caption, sample, language) for caption, sample in zip(captions, pool.samples, strict=True)
-            ]
-            share = sum(right) / len(right)
-            metrics[f"{language}/exactly_right"] = share
-            metrics[f"{language}/num_images"] = float(pool.num_images)
-            lines.append(f"{self.name} {language}: {share:.1%} of {pool.num_images} captions exactly right")
-            if ranks.is_first and self.examples:
-                pictures[language] = caption_examples(pool, captions, right, self.examples)
+                captions = self.captions(model, pool, device, ranks, predictions)
+            found = text_scores(captions, pool.references, language)
+            head = f"{self.name} {language}: {pool.num_images} captions"
+            right: list[bool | None] = [None] * len(captions)
+            if self.judge is not None:
+                right = [self.judge(said, it, language) for said, it in zip(captions, pool.samples, strict=True)]
+                found["exactly_right"] = sum(map(bool, right)) / len(right)
+                head += f", {found['exactly_right']:.1%} exactly right"
+            found["num_images"] = float(pool.num_images)
+            metrics |= {f"{language}/{key}": value for key, value in found.items()}
+            left_out = f", {pool.num_left_out} samples could not be read" if pool.num_left_out else ""
+            lines += [head + left_out, *(f"  {line}" for line in told(found))]
+            shown = pool.pictures(spread(pool.num_images, self.examples), ranks)
+            if shown and ranks.is_first:
+                pictures[language] = caption_examples(shown, captions, right, pool.references)
         return Evaluation(metrics, pictures, tuple(lines))
 
-    def captions(self, model: ImageTextModel, pool: Pool, device: torch.device, ranks: Ranks) -> list[str]:
-        """One for each image, the same on every rank."""
-        mine_I, _ = own_share(pool.num_images, ranks)
-        # ZeRO-3 wants the same calls on every rank: among several, nobody stops early, and the cut comes after
-        eos_id = self.codec.eos_id if ranks.count == 1 else -1
-        generated = [self._generate(model, pool, rows_I, device, eos_id) for rows_I in mine_I.split(self.batch_size)]
-        ids_IL = ranks.gather_constant(torch.cat(generated))[: pool.num_images]
-        return [self.codec.decode(before_end(ids, self.codec.eos_id)) for ids in ids_IL.tolist()]
+    def pool(self, language: str, ranks: Ranks) -> Pool:
+        """Read at the first call, by all ranks together."""
+        if language not in self.pools:
+            self.pools[language] = read_pool(
+                self.source,
+                language,
+                self.transform,
+                self.codec,
+                ranks,
+                num_samples=self.num_samples,
+                captions_per_image=None,
+                max_text_tokens=self.max_new_tokens,
+            )
+        return self.pools[language]
 
-    def _generate(self, model: ImageTextModel, pool: Pool, rows_I: Tensor, device: torch.device, eos_id: int) -> Tensor:
-        """-> ids_IL of exactly `max_new_tokens`, so that ranks can exchange them"""
-        features = model.encode_image(pool.image_ICHW[rows_I].to(device))
-        bos_I = torch.full((len(rows_I),), self.codec.bos_id(pool.language), device=device)
-        ids_IL = model.generate(
+    def captions(
+        self, model: ImageTextModel, pool: Pool, device: torch.device, ranks: Ranks, predictions: Predictions
+    ) -> list[str]:
+        """One for each image, the same on every rank; those that were made before are not made again."""
+        known = predictions.known(self.name, pool.language)
+        own = [k for k, image in enumerate(pool.own_K.tolist()) if image not in known]
+        with predictions.progress(f"{self.name} {pool.language}", pool.num_images, len(known)) as progress:
+            for rows, meant in in_step(own, self.batch_size, ranks):
+                said = self._generate(model, pool, rows, device, predictions.lockstep)[:meant]
+                made = [self._prediction(pool, k, text) for k, text in zip(rows, said, strict=False)]
+                progress.advance(predictions.add(self.name, pool.language, made))
+        known = predictions.known(self.name, pool.language)
+        return [str(known[image]["caption"]) for image in range(pool.num_images)]
+
+    def _prediction(self, pool: Pool, k: int, caption: str) -> dict[str, Any]:
+        image = int(pool.own_K[k])
+        sample = pool.samples[image]
+        place = {"shard": sample.shard, "key": sample.key}
+        return {"index": image, **place, "caption": caption, "references": list(pool.references[image])}
+
+    def _generate(
+        self, model: ImageTextModel, pool: Pool, rows: Sequence[int], device: torch.device, lockstep: bool
+    ) -> list[str]:
+        image_BCHW = pool.image_KCHW[[k for k in rows if k < len(pool.own_K)]]
+        if not len(image_BCHW):  # a rank without images, among others that have some
+            image_BCHW = image_BCHW.new_zeros(1, *image_BCHW.shape[1:])
+        features = model.encode_image(image_BCHW.to(device))
+        bos_B = torch.full((len(image_BCHW),), self.codec.bos_id(pool.language), device=device)
+        ids_BL: Tensor = model.generate(
             features,
-            bos_I,
-            eos_id=eos_id,
+            bos_B,
+            eos_id=-1 if lockstep else self.codec.eos_id,  # in lockstep nobody stops early, and the cut comes after
             pad_id=self.codec.pad_id,
             max_new_tokens=self.max_new_tokens,
         )
-        return F.pad(ids_IL, (0, self.max_new_tokens - ids_IL.shape[1]), value=self.codec.pad_id)
+        return [self.codec.decode(before_end(ids, self.codec.eos_id)) for ids in ids_BL.tolist()]
 
 
 def before_end(ids: Sequence[int], eos_id: int) -> list[int]:

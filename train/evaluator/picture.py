@@ -8,13 +8,11 @@ are drawn as boxes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-
-from train.evaluator.pool import Pool
 
 BUNDLED_FONT = Path(__file__).parent / "fonts" / "queqiao_scenes.otf"
 CHINESE_FONTS = (
@@ -48,27 +46,19 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(chinese_font_path()), size)
 
 
-def retrieval_examples(pool: Pool, score_IT: Tensor, number: int, best: int = 3) -> Image.Image:
-    """Example images with the `best` captions found for each, right ones in green."""
-    right_IT = pool.is_right()
+def caption_examples(
+    pictures: Mapping[int, Tensor],
+    captions: Sequence[str],
+    right: Sequence[bool | None],
+    references: Sequence[Sequence[str]],
+) -> Image.Image:
+    """Some images, each with the caption generated for it, and below one that is not known to be right a right one."""
     rows = []
-    for image in spread(pool.num_images, number):
-        found = score_IT[image].topk(min(best, pool.num_texts)).indices.tolist()
-        lines = [
-            (f"{place}  {pool.captions[text]}", bool(right_IT[image, text])) for place, text in enumerate(found, 1)
-        ]
-        rows.append((pool.image_ICHW[image], lines))
-    return text_beside_images(rows, columns=1)
-
-
-def caption_examples(pool: Pool, captions: Sequence[str], right: Sequence[bool], number: int) -> Image.Image:
-    """Example images with the caption generated for each, and below a wrong one a right one."""
-    rows = []
-    for image in spread(pool.num_images, number):
+    for image, picture_CHW in sorted(pictures.items()):
         lines: list[tuple[str, bool | None]] = [(captions[image], right[image])]
         if not right[image]:
-            lines.append((pool.samples[image].captions[0], None))
-        rows.append((pool.image_ICHW[image], lines))
+            lines.append((references[image][0], None))
+        rows.append((picture_CHW, lines))
     return text_beside_images(rows, columns=1)
 
 

@@ -2,38 +2,40 @@
 
 ITC alone: score = max over queries of the cosine.  Re-ranked by ITM: the best k candidates of each image and of each
 text by ITC get  ITM logit of "match" + that cosine (not divided by the temperature);  the others follow in ITC's order.
+R@k is the share of images (texts) among whose first k candidates one is right; candidates that score as high as the
+right one stand before it, so that a model which finds everything alike finds nothing.
 
-What differs from LAVIS changes no number: every rank encodes its own share of the images, a pair wanted from both sides
-is matched once, by the rank that has its image, and k is never more than the number of candidates.
+What differs from LAVIS changes no number: every rank encodes its share of images and texts once, a pair wanted from
+both sides is matched once, by the rank that has its image and with the keys and values of that image projected once, no
+table of all pairs is ever held, and k is never more than the number of candidates.
 
-Shape letters   I = images   T = texts   Q = query tokens   E = shared embedding   L = caption length   M = image tokens
+Shape letters   I = images   T = texts   K = this rank's images   R = rows of a block (images or texts)   C = candidates
+                N = best candidates   Q = query tokens   E = shared embedding   L = caption length   M = image tokens
                 W = image width   P = image-text pairs
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data.batch import TextCodec
 from data.source import Source
-from data.transform import Transform
+from data.transform import PairTransform
 from model.image_text import ImageTextModel
 from train.distributed import Ranks
-from train.evaluator import Evaluation, evaluating
-from train.evaluator.picture import retrieval_examples
-from train.evaluator.pool import Pool, own_share, pools_of
+from train.evaluator import Evaluation, evaluating, everyones, in_step, own_share
+from train.evaluator.matching import Matcher, Ranking, ranked, reranked
+from train.evaluator.picture import spread, text_beside_images
+from train.evaluator.pool import Pool, check_pool, read_pool
+from train.evaluator.predictions import Predictions, Row
 
 DIRECTIONS = ("image_to_text", "text_to_image")
-BEHIND = -1e4  # puts candidates that were not re-ranked behind all that were, in their order by ITC
-
-
-def recall_at(score_XY: Tensor, right_XY: Tensor, k: int) -> float:
-    """R@k: share of the rows among whose best k columns is a right one."""
-    best_XK = score_XY.topk(min(k, score_XY.shape[1]), dim=1).indices
-    return right_XY.gather(1, best_XK).any(dim=1).double().mean().item()
+SHOWN = 10  # candidates of each row that are kept among the predictions
 
 
 class RetrievalEvaluator:
@@ -44,157 +46,239 @@ class RetrievalEvaluator:
         num_samples: of each language, the first ones; None for all.
         languages: None for all of the source's.
         captions_per_image: None for all of them.
+        same_text_is_right: a caption that reads like one of an image's own is right for it, whoever wrote it; LAVIS
+            says no.
+        directions: one or both of image_to_text, text_to_image.
         recall: the k of R@k.
         rerank: candidates that ITM scores for each image and each text; 0 leaves ITM out.
-        batch_size: images, texts or pairs in one forward pass.
+        batch_size: images or texts in one forward pass.
+        keep_gib: memory of the host in which a rank keeps what the encoder made of its images until they are matched;
+            the images that are left over go through the encoder twice.
         examples: images in the picture.
     """
 
     def __init__(
         self,
         source: Source,
-        transform: Transform,
+        transform: PairTransform,
         codec: TextCodec,
         *,
         name: str = "retrieval",
         num_samples: int | None = None,
         languages: Sequence[str] | None = None,
         captions_per_image: int | None = 1,
+        same_text_is_right: bool = True,
+        directions: Sequence[str] = DIRECTIONS,
         max_text_tokens: int = 35,
         recall: Sequence[int] = (1, 5, 10),
         rerank: int = 128,
         batch_size: int = 64,
+        keep_gib: float = 8.0,
         examples: int = 6,
     ) -> None:
-        if rerank < 0 or batch_size < 1 or min(recall) < 1:
+        if rerank < 0 or batch_size < 1 or min(recall) < 1 or not set(directions) <= set(DIRECTIONS) or not directions:
             raise ValueError(
                 f"evaluator {name!r}: rerank {rerank} must be 0 or more, batch_size {batch_size} and recall "
-                f"{list(recall)} 1 or more"
+                f"{list(recall)} 1 or more, directions {list(directions)} some of {list(DIRECTIONS)}"
             )
-        self.name, self.recall, self.rerank = name, tuple(recall), rerank
-        self.batch_size, self.examples = batch_size, examples
-        self.pools = pools_of(
-            source,
-            languages,
-            transform,
-            codec,
-            num_samples=num_samples,
-            captions_per_image=captions_per_image,
-            max_text_tokens=max_text_tokens,
-        )
+        self.name, self.source, self.transform, self.codec = name, source, transform, codec
+        self.recall, self.rerank, self.directions = tuple(recall), rerank, tuple(directions)
+        self.same_text_is_right, self.batch_size, self.examples = same_text_is_right, batch_size, examples
+        self.keep_bytes = int(keep_gib * 2**30)
+        self.languages = tuple(languages) if languages else source.languages
+        self._reading: dict[str, Any] = {
+            "num_samples": num_samples,
+            "captions_per_image": captions_per_image,
+            "max_text_tokens": max_text_tokens,
+        }
+        for language in self.languages:
+            check_pool(source, language, num_samples)
+        self.pools: dict[str, Pool] = {}
 
-    def __call__(self, model: ImageTextModel, *, device: torch.device, ranks: Ranks) -> Evaluation:
+    def __call__(
+        self, model: ImageTextModel, *, device: torch.device, ranks: Ranks, predictions: Predictions | None = None
+    ) -> Evaluation:
+        predictions = predictions or Predictions(ranks)
         metrics: dict[str, float] = {}
         pictures, lines = {}, []
-        for language, pool in self.pools.items():
-            with evaluating(model):
-                scores = self.scores(model, pool, device, ranks)
-            found = self._recalls(pool, scores)
+        for language in self.languages:
+            pool = self.pool(language, ranks)
+            rows = self._rows(model, pool, device, ranks, predictions)
+            found = self._metrics(pool, rows)
             metrics |= {f"{language}/{key}": value for key, value in found.items()}
             lines += self._lines(language, pool, found)
-            if ranks.is_first and self.examples:
-                pictures[language] = retrieval_examples(pool, scores[-1][1][0], self.examples)
+            picture = self._picture(pool, rows, ranks)
+            if picture is not None:
+                pictures[language] = picture
         return Evaluation(metrics, pictures, tuple(lines))
 
-    def scores(
-        self, model: ImageTextModel, pool: Pool, device: torch.device, ranks: Ranks
-    ) -> list[tuple[str, tuple[Tensor, Tensor]]]:
-        """[("itc", (score_IT, score_TI)), ("itm", ...)], on the host and the same on every rank."""
-        mine_I, num_own = own_share(pool.num_images, ranks)
-        encoded_IMW, query_IQE = self._encode_images(model, pool, mine_I, device)
-        query_IQE = ranks.gather_constant(query_IQE)[: pool.num_images]
-        text_TE = self._encode_texts(model, pool, own_share(pool.num_texts, ranks)[0], device)
-        text_TE = ranks.gather_constant(text_TE)[: pool.num_texts]
-        cosine_IT = torch.cat([_best_cosine(rows, text_TE) for rows in query_IQE.split(self.batch_size)])
-        scores = [("itc", (cosine_IT.cpu(), cosine_IT.T.cpu()))]
-        if self.rerank:
-            from_image_IT, from_text_IT = _best(cosine_IT, self.rerank), _best(cosine_IT.T, self.rerank).T
-            wanted_IT = from_image_IT | from_text_IT
-            match_IT = self._match(model, pool, wanted_IT, mine_I[:num_own], encoded_IMW, device, ranks)
-            cosine_IT, match_IT = cosine_IT.double().cpu(), match_IT.double().cpu()
-            reranked = [
-                torch.where(kept_IT.cpu(), match_IT + cosine_IT, cosine_IT + BEHIND)
-                for kept_IT in (from_image_IT, from_text_IT)
-            ]
-            scores.append(("itm", (reranked[0], reranked[1].T)))
-        return scores
+    def pool(self, language: str, ranks: Ranks) -> Pool:
+        """Read at the first call, by all ranks together."""
+        if language not in self.pools:
+            self.pools[language] = read_pool(self.source, language, self.transform, self.codec, ranks, **self._reading)
+        return self.pools[language]
 
-    def _encode_images(
-        self, model: ImageTextModel, pool: Pool, mine_I: Tensor, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """-> the encoder's output (kept on the host, it may be gigabytes), query_IQE; rows of `mine_I`"""
-        encoded, query = [], []
-        for rows in mine_I.split(self.batch_size):
-            features = model.encode_image(pool.image_ICHW[rows].to(device))
-            encoded.append(features.encoded_BMW.cpu())
-            query.append(features.query_BQE)
-        return torch.cat(encoded), torch.cat(query)
+    # -------------------------------------------------------------------------------------------------- predictions
 
-    def _encode_texts(self, model: ImageTextModel, pool: Pool, mine_T: Tensor, device: torch.device) -> Tensor:
-        return torch.cat(
-            [
-                model.encode_text(pool.text_ids_TL[rows].to(device), pool.text_mask_TL[rows].to(device))
-                for rows in mine_T.split(self.batch_size)
-            ]
+    def _rows(
+        self, model: ImageTextModel, pool: Pool, device: torch.device, ranks: Ranks, predictions: Predictions
+    ) -> dict[str, list[Row]]:
+        """direction -> its rows that have a right candidate, from the file where they stand there already"""
+        right = self.right(pool)
+        parts = {direction: f"{pool.language}/{direction}" for direction in self.directions}
+        done = all(
+            len(predictions.known(self.name, part)) == sum(map(bool, right[direction]))
+            for direction, part in parts.items()
         )
+        if not done:
+            with evaluating(model):
+                rankings = self.rankings(model, pool, right, device, ranks, predictions)
+            for direction, own in rankings.items():
+                predictions.add(self.name, parts[direction], [self._row(pool, direction, found) for found in own])
+        return {
+            direction: [row for _, row in sorted(predictions.known(self.name, part).items())]
+            for direction, part in parts.items()
+        }
 
-    def _match(
+    def right(self, pool: Pool) -> dict[str, list[set[int]]]:
+        """direction -> of each row the candidates that are right"""
+        of_text: list[set[int]] = [set() for _ in range(pool.num_texts)]
+        for image, text in pool.pair_P2.tolist():
+            of_text[text].add(image)
+        if self.same_text_is_right:
+            alike: dict[str, set[int]] = {}
+            for caption, images in zip(pool.captions, of_text, strict=True):
+                alike.setdefault(caption, set()).update(images)
+            of_text = [alike[caption] for caption in pool.captions]
+        of_image: list[set[int]] = [set() for _ in range(pool.num_images)]
+        for text, images in enumerate(of_text):
+            for image in images:
+                of_image[image].add(text)
+        return {"image_to_text": of_image, "text_to_image": of_text}
+
+    def rankings(
         self,
         model: ImageTextModel,
         pool: Pool,
-        wanted_IT: Tensor,
-        own_I: Tensor,
-        encoded_IMW: Tensor,
+        right: Mapping[str, list[set[int]]],
         device: torch.device,
         ranks: Ranks,
-    ) -> Tensor:
-        """-> the ITM logit of "match" of every wanted pair, 0 elsewhere.  `own_I` may be shorter than the features."""
-        match_IT = torch.zeros(wanted_IT.shape, device=device)
-        for at in range(0, len(encoded_IMW), self.batch_size):
-            memory = model.remember(encoded_IMW[at : at + self.batch_size].to(device))
-            rows_I = own_I[at : at + self.batch_size]
-            image_P, text_P = wanted_IT[rows_I.to(device)].cpu().nonzero(as_tuple=True)
-            # every rank makes as many calls as the busiest one; a rank without pairs left repeats pair 0, 0 in vain
-            for first in range(0, ranks.max_ints([len(image_P)])[0], self.batch_size):
-                image, text = image_P[first : first + self.batch_size], text_P[first : first + self.batch_size]
-                idle = torch.zeros(0 if len(image) else 1, dtype=torch.int64)
-                asked_image, asked_text = torch.cat([image, idle]), torch.cat([text, idle])
-                logits_P2 = model.match_memories(
-                    [memory.select(asked_image.to(device))],
-                    pool.text_ids_TL[asked_text].to(device),
-                    pool.text_mask_TL[asked_text].to(device),
-                )
-                match_IT[rows_I[image].to(device), text.to(device)] = logits_P2[: len(image), 1].float()
-        return ranks.sum(match_IT)
-
-    def _recalls(self, pool: Pool, scores: list[tuple[str, tuple[Tensor, Tensor]]]) -> dict[str, float]:
-        right_IT = pool.is_right()
-        found = {"num_images": float(pool.num_images), "num_texts": float(pool.num_texts)}
-        for how, both in scores:
-            for direction, score, right in zip(DIRECTIONS, both, (right_IT, right_IT.T), strict=True):
-                found |= {f"{how}/{direction}/r@{k}": recall_at(score, right, k) for k in self.recall}
+        predictions: Predictions,
+    ) -> dict[str, list[Ranking]]:
+        """direction -> this rank's rows"""
+        what = f"{self.name} {pool.language}"
+        matcher = Matcher(pool, self.batch_size, self.keep_bytes, device, ranks)
+        query_IQE = everyones(pool.own_K.to(device), matcher.encode(model, predictions, what), pool.num_images, ranks)
+        text_TE = self._encode_texts(model, pool, device, ranks)
+        found: dict[str, list[Ranking]] = {}
+        for direction in self.directions:
+            if direction == "image_to_text":
+                own = [image for image in own_share(pool.num_images, ranks) if right[direction][image]]
+                blocks = self._image_blocks(own, query_IQE, text_TE)
+            else:
+                own = [text for text in own_share(pool.num_texts, ranks) if right[direction][text]]
+                blocks = self._text_blocks(own, query_IQE, text_TE)
+            number = max(self.rerank, SHOWN, *self.recall)
+            found[direction] = [
+                row for rows, cosine_RC in blocks for row in ranked(rows, cosine_RC, right[direction], number)
+            ]
+        if self.rerank:
+            logits = matcher.match(model, found, self.rerank, predictions, what)
+            for direction, rows in found.items():
+                found[direction] = [
+                    reranked(row, right[direction][row.index], logits(direction, row), self.rerank) for row in rows
+                ]
         return found
 
-    def _lines(self, language: str, pool: Pool, found: dict[str, float]) -> list[str]:
+    def _encode_texts(self, model: ImageTextModel, pool: Pool, device: torch.device, ranks: Ranks) -> Tensor:
+        own, found = own_share(pool.num_texts, ranks), []
+        for rows, meant in in_step(own, self.batch_size, ranks):
+            text_ids_RL, text_mask_RL = pool.text_ids_TL[rows].to(device), pool.text_mask_TL[rows].to(device)
+            found.append(model.encode_text(text_ids_RL, text_mask_RL)[:meant])
+        return everyones(torch.tensor(own, device=device, dtype=torch.int64), torch.cat(found), pool.num_texts, ranks)
+
+    def _image_blocks(
+        self, own: Sequence[int], query_IQE: Tensor, text_TE: Tensor
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        for first in range(0, len(own), self.batch_size):
+            rows = own[first : first + self.batch_size]
+            query_RQE = query_IQE[torch.tensor(rows, device=query_IQE.device)]
+            yield rows, _best_cosine(query_RQE, text_TE, self.batch_size)
+
+    def _text_blocks(
+        self, own: Sequence[int], query_IQE: Tensor, text_TE: Tensor
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        for first in range(0, len(own), self.batch_size):
+            rows = own[first : first + self.batch_size]
+            text_RE = text_TE[torch.tensor(rows, device=text_TE.device)]
+            yield rows, _best_cosine(query_IQE, text_RE, self.batch_size).T
+
+    def _row(self, pool: Pool, direction: str, found: Ranking) -> dict[str, Any]:
+        """A ranking for the file: keys of samples for images, captions for texts."""
+        forward = direction == "image_to_text"
+        names = [sample.key or str(index) for index, sample in enumerate(pool.samples)]
+        row: dict[str, Any] = {
+            "index": found.index,
+            "query": names[found.index] if forward else pool.captions[found.index],
+            "rank": found.rank,
+            "best": [pool.captions[c] if forward else names[c] for c in found.best[:SHOWN]],
+            "best_index": found.best[:SHOWN],
+        }
+        return row
+
+    # ------------------------------------------------------------------------------------------------------ metrics
+
+    def _metrics(self, pool: Pool, rows: Mapping[str, list[Row]]) -> dict[str, float]:
+        """R@k of each direction and their mean, and the mean of those means."""
+        found = {"num_images": float(pool.num_images), "num_texts": float(pool.num_texts)}
+        for how in ("itc", "itm") if self.rerank else ("itc",):
+            means = []
+            for direction in self.directions:
+                ranks = [row["rank"][how] for row in rows[direction]]
+                recalls = {f"r@{k}": sum(rank <= k for rank in ranks) / len(ranks) for k in self.recall}
+                means.append(sum(recalls.values()) / len(recalls))
+                found |= {f"{how}/{direction}/{key}": value for key, value in recalls.items()}
+                found[f"{how}/{direction}/mean"] = means[-1]
+            found[f"{how}/mean"] = sum(means) / len(means)
+        return found
+
+    def _lines(self, language: str, pool: Pool, found: Mapping[str, float]) -> list[str]:
         cut = f", {pool.num_truncated} captions truncated" if pool.num_truncated else ""
+        cut += f", {pool.num_left_out} samples could not be read" if pool.num_left_out else ""
         lines = [f"{self.name} {language}: pool of {pool.num_images} images and {pool.num_texts} texts{cut}"]
         for how in ("itc", "itm"):
-            for direction in DIRECTIONS:
-                values = [
-                    f"R@{k} {found[key]:.1%}" for k in self.recall if (key := f"{how}/{direction}/r@{k}") in found
-                ]
+            for direction in self.directions:
+                keys = {f"R@{k}": f"{how}/{direction}/r@{k}" for k in self.recall}
+                keys["mean"] = f"{how}/{direction}/mean"
+                values = [f"{short} {found[key]:.1%}" for short, key in keys.items() if key in found]
                 if values:
                     lines.append(f"  {how.upper()} {direction.replace('_', ' ')}: " + "  ".join(values))
         return lines
 
+    def _picture(self, pool: Pool, rows: Mapping[str, list[Row]], ranks: Ranks) -> Image.Image | None:
+        """Example images with the first captions found for each, right ones in green."""
+        if not self.examples or "image_to_text" not in rows:
+            return None
+        shown = [rows["image_to_text"][place] for place in spread(len(rows["image_to_text"]), self.examples)]
+        pictures = pool.pictures([row["index"] for row in shown], ranks)
+        if not ranks.is_first:
+            return None
+        right = self.right(pool)["image_to_text"]
+        beside = []
+        for row in shown:
+            lines = [
+                (f"{place}  {pool.captions[text]}", text in right[row["index"]])
+                for place, text in enumerate(row["best_index"][:3], start=1)
+            ]
+            beside.append((pictures[row["index"]], lines))
+        return text_beside_images(beside, columns=1)
 
-def _best_cosine(query_IQE: Tensor, text_TE: Tensor) -> Tensor:
-    """cosine_IT of the best query"""
+
+def _best_cosine(query_IQE: Tensor, text_TE: Tensor, batch_size: int) -> Tensor:
+    """cosine_IT of the best query, in blocks: what all queries of all images score is the largest tensor here."""
     with torch.autocast(query_IQE.device.type, enabled=False):
-        return torch.einsum("iqe,te->itq", query_IQE.float(), text_TE.float()).amax(dim=2)
-
-
-def _best(score_XY: Tensor, k: int) -> Tensor:
-    """True at the best k columns of each row, or at all where there are fewer."""
-    best_XK = score_XY.topk(min(k, score_XY.shape[1]), dim=1).indices
-    return torch.zeros_like(score_XY, dtype=torch.bool).scatter(1, best_XK, True)
+        text_TE = text_TE.float()
+        parts = [
+            torch.einsum("iqe,te->itq", block.float(), text_TE).amax(dim=2) for block in query_IQE.split(batch_size)
+        ]
+    return torch.cat(parts)

@@ -1,53 +1,86 @@
-"""BLEU and ROUGE-L of free answers, and what closed questions are worth, for Chinese and English.
+"""BLEU, ROUGE-L and CIDEr of captions, reports and free answers, each under the name of its tokenizer.
 
-Words are runs of letters and digits; each Han character is a word of its own, as usual where Chinese has no word
-boundaries.  Case and punctuation do not count.
+The scorers are pycocoevalcap's, which published captioning numbers come from; they need no Java.  Its tokenizer does
+(Stanford's PTBTokenizer), so the words are these, and a score says which:
+
+char    Chinese: every Han character is a word, other text by 13a (sacrebleu's `zh`)
+jieba   Chinese: jieba's precise mode
+13a     English: mteval-v13a (sacrebleu), the nearest to PTBTokenizer without Java
+intl    other languages: mteval-v14's international tokenizer (sacrebleu)
+
+As coco-caption does after PTBTokenizer, case is folded and punctuation left out; full-width letters and digits are made
+half-width.  CIDEr weighs words by how many of the pool's images have them in a reference: it depends on the pool, and
+is 0 for a single image.
 """
 
 from __future__ import annotations
 
-import math
-import re
+import functools
+import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
 
-_WORD = re.compile(r"[\u3400-\u9fff\uf900-\ufaff]|[^\W_\u3400-\u9fff\uf900-\ufaff]+")
+from data.shard_list import cache_home
 
-
-def words(text: str) -> list[str]:
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
-def bleu(answers: Sequence[str], references: Sequence[Sequence[str]], *, longest: int = 4) -> float:
-    """Corpus BLEU (Papineni et al., ACL 2002): geometric mean of clipped n-gram precisions up to `longest`, times the
-    brevity penalty against the reference nearest in length; not smoothed, so 0 where no n-gram of a length occurs."""
-    found, possible = [0] * longest, [0] * longest
-    num_words = num_reference_words = 0
-    for answer, right in zip(answers, references, strict=True):
-        mine, theirs = words(answer), [words(text) for text in right]
-        num_words += len(mine)
-        num_reference_words += min((len(r) for r in theirs), key=lambda n: (abs(n - len(mine)), n))
-        for n in range(1, longest + 1):
-            grams = _grams(mine, n)
-            most: Counter[tuple[str, ...]] = Counter()
-            for reference in theirs:
-                most |= _grams(reference, n)
-            found[n - 1] += sum((grams & most).values())
-            possible[n - 1] += sum(grams.values())
-    if not all(found):
-        return 0.0
-    precision = math.fsum(math.log(f / p) for f, p in zip(found, possible, strict=True)) / longest
-    return math.exp(precision + min(0.0, 1 - num_reference_words / num_words))
+TOKENIZERS = {"zh": ("char", "jieba"), "en": ("13a",)}
+OTHERS = ("intl",)
+SHORT = {"bleu_1": "BLEU-1", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "cider": "CIDEr"}
+# Left out as coco-caption leaves them out (its list is in PTBTokenizer's spelling), and their Chinese likes.
+PUNCTUATION = frozenset(".?!,:;-'\"`()[]{}…—·。？！，：；、“”‘’（）【】「」《》〈〉")
 
 
-def rouge_l(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Mean F1 of the longest common subsequence (Lin, ACL 2004), against the best reference of each answer."""
-    scores = []
-    for answer, right in zip(answers, references, strict=True):
-        mine = words(answer)
-        scores.append(max(_lcs_f1(mine, words(text)) for text in right))
-    return math.fsum(scores) / len(scores)
+def text_scores(answers: Sequence[str], references: Sequence[Sequence[str]], language: str) -> dict[str, float]:
+    """{"<tokenizer>/bleu_4": 0.31, ...} with BLEU-1, BLEU-4, ROUGE-L (0 to 1) and CIDEr (0 to 10).
+
+    Args:
+        references: of each answer, one or more.
+    """
+    from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.cider.cider import Cider
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    found: dict[str, float] = {}
+    for name in TOKENIZERS.get(language, OTHERS):
+        said = {number: [words(answer, name)] for number, answer in enumerate(answers)}
+        right = {number: [words(text, name) for text in texts] for number, texts in enumerate(references)}
+        bleu, _ = Bleu(4).compute_score(right, said, verbose=0)
+        values = {
+            "bleu_1": bleu[0],
+            "bleu_4": bleu[3],
+            "rouge_l": Rouge().compute_score(right, said)[0],
+            "cider": Cider().compute_score(right, said)[0],
+        }
+        found |= {f"{name}/{metric}": float(value) for metric, value in values.items()}
+    return found
+
+
+def told(scores: Mapping[str, float]) -> list[str]:
+    """A line for each tokenizer, with its version."""
+    lines = []
+    for name in dict.fromkeys(key.split("/")[0] for key in scores if "/" in key):
+        values = "  ".join(
+            f"{short} {scores[f'{name}/{metric}']:.3f}"
+            for metric, short in SHORT.items()
+            if f"{name}/{metric}" in scores
+        )
+        lines.append(f"{values}   ({described(name)})")
+    return lines
+
+
+def described(name: str) -> str:
+    """What a tokenizer is, for whoever compares the numbers."""
+    if name == "jieba":
+        return f"jieba {version('jieba')}, precise mode"
+    return {"char": "Chinese characters", "13a": "13a", "intl": "intl"}[name] + f", sacrebleu {version('sacrebleu')}"
+
+
+def words(text: str, tokenizer: str) -> str:
+    """The words that count, a space between each and the next."""
+    tokens = tokenizer_named(tokenizer)(unicodedata.normalize("NFKC", text).lower())
+    return " ".join(token for token in tokens if not PUNCTUATION.issuperset(token))
 
 
 def majority_share(right: Sequence[str]) -> float:
@@ -55,17 +88,32 @@ def majority_share(right: Sequence[str]) -> float:
     return Counter(right).most_common(1)[0][1] / len(right)
 
 
-def _grams(tokens: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
-    return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+@functools.cache
+def tokenizer_named(name: str) -> Callable[[str], list[str]]:
+    if name == "jieba":
+        cut = _jieba().cut
+        return lambda text: "".join(f"{word} " for word in cut(text)).split()
+    made: Any
+    if name == "char":
+        from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh as made
+    elif name == "13a":
+        from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a as made
+    else:
+        from sacrebleu.tokenizers.tokenizer_intl import TokenizerV14International as made
+    tokenize = made()
+    return lambda text: tokenize(text).split()
 
 
-def _lcs_f1(mine: Sequence[str], theirs: Sequence[str]) -> float:
-    if not mine or not theirs:
-        return float(not mine and not theirs)
-    row = [0] * (len(theirs) + 1)
-    for word in mine:
-        before = 0
-        for column, other in enumerate(theirs, start=1):
-            before, row[column] = row[column], before + 1 if word == other else max(row[column], row[column - 1])
-    common = row[-1]
-    return 2 * common / (len(mine) + len(theirs))
+def _jieba() -> Any:
+    """An own instance: quiet, its cache in this user's folder and not in /tmp, where anybody could leave one."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pkg_resources is deprecated, says setuptools
+        import jieba
+    jieba.setLogLevel(logging.WARNING)
+    made = jieba.Tokenizer()
+    folder = cache_home() / "jieba"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    made.tmp_dir = str(folder)
+    return made
