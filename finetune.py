@@ -30,6 +30,7 @@ def main() -> None:
         flops = stage.model.train_flops_per_sample
         done = train(config, run, stage, loader, evaluators, flops_per_sample=flops)
         write_results(config, run, stage.model, done)
+        run.say("\n".join(sorted({f"({note})" for e in evaluators if (note := getattr(e, "note", None))})))
         finish()
 
 
