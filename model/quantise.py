@@ -1,10 +1,12 @@
-"""Linear maps in 4 bits (NF4, arXiv 2305.14314), through bitsandbytes, on CUDA and on a CPU.
+"""Linear maps in 4 bits (NF4, arXiv 2305.14314) or 8 (LLM.int8(), arXiv 2208.07339), through bitsandbytes, on CUDA and
+on a CPU.
 
 Shape letters   N = any number of positions   I, O = a linear map's inputs and outputs
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any
@@ -13,28 +15,35 @@ import torch
 from torch import Tensor, nn
 
 BLOCK = 64  # weights that share a scale
+OUTLIER = 6.0  # inputs beyond it are not computed in 8 bits (arXiv 2208.07339 section 3.2)
 
 
 def shape_like_quantised(
-    network: nn.Module, targets: Sequence[str], *, device: torch.device, double_quantisation: bool = True
+    network: nn.Module, targets: Sequence[str], *, device: torch.device, double_quantisation: bool = True, bits: int = 4
 ) -> None:
-    """Maps on the meta device become 4-bit ones that quantise their weights as they arrive (`receive`)."""
+    """Maps on the meta device become ones of few bits that quantise their weights as they arrive (`receive`)."""
     for parent, name, linear in _linears(network, targets):
         if linear.weight.is_meta:
-            setattr(parent, name, nf4_class()(linear, device=device, double_quantisation=double_quantisation))
+            setattr(parent, name, _quantised(linear, bits, device, double_quantisation))
 
 
 def quantise_linears(
-    network: nn.Module, targets: Sequence[str], *, device: torch.device, double_quantisation: bool = True
+    network: nn.Module, targets: Sequence[str], *, device: torch.device, double_quantisation: bool = True, bits: int = 4
 ) -> None:
     """Maps that hold their weights already are quantised one after the other, each on `device`."""
     for parent, name, linear in _linears(network, targets):
         if not linear.weight.is_meta:
-            quantised = nf4_class()(linear, device=device, double_quantisation=double_quantisation)
+            quantised = _quantised(linear, bits, device, double_quantisation)
             setattr(parent, name, quantised)
             for kind, parameter in linear.named_parameters():
                 quantised.receive(kind, parameter.data)
-    network.is_loaded_in_4bit = True  # type: ignore[assignment]  # peft asks for it
+    setattr(network, f"is_loaded_in_{bits}bit", True)  # peft asks for it
+
+
+def _quantised(linear: nn.Linear, bits: int, device: torch.device, double_quantisation: bool) -> Any:
+    if bits == 8:
+        return int8_class()(linear, device=device)
+    return nf4_class()(linear, device=device, double_quantisation=double_quantisation)
 
 
 def _linears(network: nn.Module, targets: Sequence[str]) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
@@ -105,3 +114,40 @@ def nf4_class() -> Any:
             return bitsandbytes.functional.dequantize_4bit(self.weight.data, self.weight.quant_state)
 
     return NF4Linear
+
+
+@cache
+def int8_class() -> Any:
+    """As `nf4_class`; rows of weights and positions have a scale each, and what is far out of a position's range is
+    computed in 16 bits."""
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+
+    class Int8Linear(Linear8bitLt):
+        def __init__(self, like: nn.Linear, *, device: torch.device) -> None:
+            super().__init__(
+                like.in_features,
+                like.out_features,
+                bias=like.bias is not None,
+                has_fp16_weights=False,
+                threshold=OUTLIER,
+                device="meta",
+            )
+            self.home, self.source_dtype = device, like.weight.dtype
+            self.requires_grad_(False)
+            self.train(like.training)
+
+        def receive(self, kind: str, tensor: Tensor) -> None:
+            """`weight` (O, I) or `bias` (O,)"""
+            tensor = tensor.detach()
+            if kind == "bias":
+                self.bias = nn.Parameter(tensor.to(self.home, self.source_dtype), requires_grad=False)
+                return
+            whole = Int8Params(tensor.cpu().contiguous(), requires_grad=False, has_fp16_weights=False)
+            self.weight = whole.to(self.home)  # this is what quantises, on the way from the CPU
+
+        def forward(self, x_NI: Tensor) -> Tensor:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+                return super().forward(x_NI)
+
+    return Int8Linear

@@ -10,8 +10,10 @@ Shape letters   B = rows   L = length   T = any number of positions   D = the mo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from data.batch import DialogueCodec
@@ -30,6 +32,7 @@ class LanguageModel(nn.Module):
         layers_pattern: the name in front of a block's number, for peft's `layers_to_transform`.
         checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
         loaded_from: the folder whose weights it was built with, for the table of weights.
+        layer_devices: where blocks sit on several devices (`model/spread.py`), the device of each.
     """
 
     width: int
@@ -40,6 +43,12 @@ class LanguageModel(nn.Module):
     layers_pattern: str = "layers"
     checkpoint_activations: bool = False
     loaded_from: str | None = None
+    layer_devices: Sequence[torch.device] | None = None
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The blocks."""
+        raise NotImplementedError
 
     def embed(self, ids_BL: Tensor) -> Tensor:
         """-> embedded_BLD, as the network's first block takes them"""
@@ -69,6 +78,17 @@ class LanguageModel(nn.Module):
     def extend(self, ids_B: Tensor, cache: Any) -> Tensor:
         """One token more for every row.  -> hidden_BD of it; `cache` is changed in place."""
         raise NotImplementedError
+
+    def on_layer_device(self, index: int, *tensors: Any) -> tuple[Any, ...]:
+        """Tensors that block `index` is about to read (None stays None), on its device."""
+        if self.layer_devices is None:
+            return tensors
+        device = self.layer_devices[index]
+        return tuple(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in tensors)
+
+    def at_home(self, tensor: Tensor) -> Tensor:
+        """Back from the last block, where embeddings and output head are."""
+        return tensor if self.layer_devices is None else tensor.to(self.layer_devices[0])
 
     def select(self, cache: Any, row_S: Tensor) -> None:
         """Makes a cache hold these of its rows, in this order; a row may be taken several times, or not at all."""

@@ -29,6 +29,7 @@ from model.llm.dialogue import fit
 from model.llm.pieces import Pieces
 
 ROTARY_BASE = 10000.0
+CHUNK = 256  # positions that a cache grows by: room for the longest answer would be mostly empty
 
 
 # ------------------------------------------------------------------------------------- prompt, special ids, labels
@@ -209,6 +210,11 @@ class Cache:
     block_B: Tensor  # place in the answer of the next token
     padded: bool  # some row has padding among its prompt
 
+    def grow(self) -> None:
+        for index, (key, value) in enumerate(self.key_values):
+            self.key_values[index] = F.pad(key, (0, 0, 0, CHUNK)), F.pad(value, (0, 0, 0, CHUNK))
+        self.seen_BS = F.pad(self.seen_BS, (0, CHUNK))
+
 
 # ------------------------------------------------------------------------------------------------------ the network
 
@@ -266,9 +272,11 @@ class ChatGLM(LanguageModel):
     def prefill(self, embedded_BLD: Tensor, ids_BL: Tensor, mask_BL: Tensor, *, room: int) -> tuple[Tensor, Cache]:
         batch_size, length = ids_BL.shape
         context_B, mask_token_B = self._marks(ids_BL)
+        room = min(room, CHUNK)
         shape = (batch_size, self.num_heads, length + room, self.width // self.num_heads)
+        places = self.layer_devices or [embedded_BLD.device] * len(self.layers)
         cache = Cache(
-            [(embedded_BLD.new_empty(shape), embedded_BLD.new_empty(shape)) for _ in self.layers],
+            [(embedded_BLD.new_empty(shape, device=on), embedded_BLD.new_empty(shape, device=on)) for on in places],
             seen_BS=F.pad(mask_BL, (0, room)),
             used=0,
             mask_token_B=mask_token_B,
@@ -282,6 +290,8 @@ class ChatGLM(LanguageModel):
         return hidden_BLD[row_B, mask_BL.sum(dim=1) - 1], cache
 
     def extend(self, ids_B: Tensor, cache: Cache) -> Tensor:
+        if cache.used == cache.seen_BS.shape[1]:
+            cache.grow()
         cache.seen_BS[:, cache.used] = True
         position_B2L = torch.stack([cache.mask_token_B, cache.block_B], dim=1)[:, :, None]
         mask = cache.seen_BS[:, None, None, : cache.used + 1] if cache.padded else None
@@ -291,7 +301,9 @@ class ChatGLM(LanguageModel):
         return hidden_B1D[:, 0]
 
     def select(self, cache: Cache, row_S: Tensor) -> None:
-        cache.key_values = [(key[row_S], value[row_S]) for key, value in cache.key_values]
+        for index, (key, value) in enumerate(cache.key_values):  # one after the other: two of each would be a lot
+            row = row_S.to(key.device)
+            cache.key_values[index] = key[row], value[row]
         for name in ("seen_BS", "mask_token_B", "block_B"):
             setattr(cache, name, getattr(cache, name)[row_S])
 
@@ -310,11 +322,12 @@ class ChatGLM(LanguageModel):
         # whatever the mode: a frozen model is in eval mode, and the gradient still passes through it
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
         for index in range(len(self.layers)):
+            hidden_BLD, cos_sin, mask = self.on_layer_device(index, hidden_BLD, cos_sin, mask)
             if recompute:
                 hidden_BLD = checkpoint(self._layer, hidden_BLD, index, cos_sin, mask, cache, use_reentrant=False)
             else:
                 hidden_BLD = self._layer(hidden_BLD, index, cos_sin, mask, cache)
-        return self.network.get_submodule("transformer.final_layernorm")(hidden_BLD)
+        return self.network.get_submodule("transformer.final_layernorm")(self.at_home(hidden_BLD))
 
     def _layer(
         self, hidden_BLD: Tensor, index: int, cos_sin: Tensor, mask: Tensor | None, cache: Cache | None

@@ -88,24 +88,26 @@ class Glm(LanguageModel):
         return hidden_B1D[:, 0]
 
     def select(self, cache: Cache, row_S: Tensor) -> None:
-        cache.key_values.batch_select_indices(row_S)
+        for layer in cache.key_values.layers:
+            layer.batch_select_indices(row_S.to(layer.keys.device))
         cache.seen_BS, cache.position_B = cache.seen_BS[row_S], cache.position_B[row_S]
 
     def _run(self, hidden_BLD: Tensor, position_BL: Tensor, mask: Tensor | None, key_values: Any) -> Tensor:
         """What `GlmModel.forward` does, with our own angles and our own choice of what to recompute."""
         on = hidden_BLD.device.type
         autocast = on != "meta" and torch.is_autocast_enabled(on)
-        cos_sin = rotation(position_BL, self.config, torch.get_autocast_dtype(on) if autocast else hidden_BLD.dtype)
-        rest = {"attention_mask": mask, "position_embeddings": cos_sin, "past_key_values": key_values}
+        cos, sin = rotation(position_BL, self.config, torch.get_autocast_dtype(on) if autocast else hidden_BLD.dtype)
         # whatever the mode: a frozen model is in eval mode, and the gradient still passes through it; and with adapters
         # on frozen embeddings, what comes in needs no gradient
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            hidden_BLD, cos, sin, mask = self.on_layer_device(index, hidden_BLD, cos, sin, mask)
+            rest = {"attention_mask": mask, "position_embeddings": (cos, sin), "past_key_values": key_values}
             if recompute:
                 hidden_BLD = checkpoint(layer, hidden_BLD, use_reentrant=False, **rest)
             else:
                 hidden_BLD = layer(hidden_BLD, **rest)
-        return self.network.get_submodule("model.norm")(hidden_BLD)
+        return self.network.get_submodule("model.norm")(self.at_home(hidden_BLD))
 
 
 def rotation(position_BL: Tensor, config: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

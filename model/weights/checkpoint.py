@@ -47,6 +47,9 @@ class Checkpoint:
         shapes = {prefix + name: shape for name, shape in self.shapes.items()}
         return Checkpoint(self.path, shapes, lambda name: self.read(name.removeprefix(prefix)))
 
+    def only(self, wanted: Callable[[str], bool]) -> Checkpoint:
+        return Checkpoint(self.path, {name: shape for name, shape in self.shapes.items() if wanted(name)}, self.read)
+
 
 def from_tensors(tensors: Mapping[str, Tensor], path: str = "tensors in memory") -> Checkpoint:
     return Checkpoint(path, {name: tuple(t.shape) for name, t in tensors.items()}, lambda name: tensors[name])

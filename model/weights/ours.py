@@ -5,8 +5,12 @@ Stage two starts from stage one's: the Q-Former has the same names in both, and 
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import nn
 
 from model.weights.checkpoint import Checkpoint, open_file
@@ -38,6 +42,49 @@ def load(model: nn.Module, path: Path, *, only: str | None = None) -> LoadReport
     if left:
         report.notes.append(f"not part of this model: {', '.join(sorted({name.split('.')[0] for name in left}))}")
     return report
+
+
+def load_trained(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
+    """Everything that a run trained, adapters included, into a model built as the run's was.
+
+    Raises:
+        ValueError: a tensor that this model does not have, or of another shape.
+    """
+    own = {name for name, _ in model.named_parameters()}
+    strangers = sorted(set(checkpoint.shapes) - own)
+    if strangers:
+        raise ValueError(f"{checkpoint.path}: {len(strangers)} tensors are not in this model (first: {strangers[0]})")
+    return fill(model, checkpoint, [Part(name, (name,), _block(name)) for name in own if name in checkpoint.shapes])
+
+
+def frozen_fingerprint(module: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """Names and one hash of everything that does not train; no checkpoint has it, so whoever goes on from one must be
+    given the same.
+
+    Values are hashed as bf16, so that a run may go on where frozen weights are stored in another precision.
+
+    Args:
+        prefix: of the names, where the module is a part of what was hashed.
+    """
+    digest = hashlib.sha256()
+    names = []
+    for name, parameter in module.named_parameters(prefix):
+        if not parameter.requires_grad:
+            names.append(name)
+            digest.update(name.encode())
+            rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous().flatten()
+            digest.update(rounded.view(torch.uint8).numpy().data)
+    return {"names": names, "sha256": digest.hexdigest()}
+
+
+def check_frozen(model: nn.Module, checkpoint: Path) -> None:
+    """Raises ValueError where what does not train is not what it was when the checkpoint was written."""
+    expected = json.loads((checkpoint / "state.json").read_text("utf-8")).get("frozen")
+    if expected and expected != frozen_fingerprint(model, "model"):
+        raise ValueError(
+            f"the frozen weights are not those that {checkpoint} was trained with: weights that the run had drawn at "
+            f"random come out differently here, or files that its config names have changed"
+        )
 
 
 def is_ours(path: Path) -> bool:

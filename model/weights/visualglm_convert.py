@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from model.weights import chatglm_folder, sat, visualglm, writing
-from model.weights.checkpoint import Checkpoint, open_folder, read_config
+from model.weights.checkpoint import Checkpoint, open_folder
+from model.weights.checkpoint import read_config as read_huggingface_config
 from model.weights.visualglm import RECORD, Entry, QkvOrder, Shape
 
 Layout = Literal["sat", "huggingface"]
@@ -113,15 +114,26 @@ def renamed(
     return Checkpoint(checkpoint.path, {new: checkpoint.shapes[old.theirs] for new, (old, _) in where.items()}, read)
 
 
-def _open(source: Path, leave_lora: bool) -> tuple[Checkpoint, dict[str, Any]]:
-    if layout_of(source) == "sat":
-        return sat.open_folder(source, leave_lora=leave_lora), sat.read_config(source)
-    config = read_config(source)
+def read_config(folder: Path) -> dict[str, Any]:
+    """In SAT's keys, of either layout.
+
+    Raises:
+        ValueError: a folder of something else, by name.
+    """
+    if layout_of(folder) == "sat":
+        return sat.read_config(folder)
+    config = read_huggingface_config(folder)
     chatglm_folder.sizes(config)
     missing = [key for key in ("eva_config", "qformer_config", "image_length") if key not in config]
     if missing:
-        raise ValueError(f"{source}/config.json is not VisualGLM's: it has no {', '.join(missing)}")
-    return open_folder(source), {ours: config[theirs] for ours, theirs in _SAME_KEYS.items() if theirs in config}
+        raise ValueError(f"{folder}/config.json is not VisualGLM's: it has no {', '.join(missing)}")
+    return {ours: config[theirs] for ours, theirs in _SAME_KEYS.items() if theirs in config}
+
+
+def _open(source: Path, leave_lora: bool) -> tuple[Checkpoint, dict[str, Any]]:
+    config = read_config(source)
+    is_sat = layout_of(source) == "sat"
+    return sat.open_folder(source, leave_lora=leave_lora) if is_sat else open_folder(source), config
 
 
 def _config(config: Mapping[str, Any], to: Layout) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Talking to a trained model: one session for terminal, web page and REST."""
