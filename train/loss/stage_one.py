@@ -22,6 +22,7 @@ from data.batch import DialogueBatch, ImageTextBatch, Report
 from model.image_text import ImageTextModel, Seen
 from train.distributed import Ranks
 from train.loss.draw import keyed_uniform
+from train.loss.settings import Smoothing, Weight
 
 # ----------------------------------------------------------------------------------------------------- 1. the maths
 
@@ -147,8 +148,8 @@ def compare(
 
 @dataclass(frozen=True)
 class ImageTextContrastive:
-    weight: float = 1.0
-    label_smoothing: float = 0.1
+    weight: Weight = 1.0
+    label_smoothing: Smoothing = 0.1
     gather: Literal["full", "anchor"] = "full"
 
     def __call__(self, contrast: Contrast) -> LossValue:
@@ -167,9 +168,9 @@ class ImageTextContrastive:
 class ImageTextMatching:
     """`seed` keys the draw of the negatives; `negative_floor` 1e-4 is LAVIS as of the paper, 0 LAVIS since 2023-07."""
 
-    weight: float = 1.0
+    weight: Weight = 1.0
     seed: int = 0
-    negative_floor: float = 0.0
+    negative_floor: Weight = 0.0
 
     def draw(self, batch: ImageTextBatch, contrast: Contrast) -> tuple[Tensor, Tensor]:
         """For text b a hard image, for image b a hard text: columns of N."""
@@ -242,8 +243,8 @@ class ImageGroundedTextGeneration:
     """`normalise`: `global` divides by the tokens of the whole step, so that every token weighs the same; `rank` is
     LAVIS, each rank's mean over its own tokens, the ranks averaged."""
 
-    weight: float = 1.0
-    label_smoothing: float = 0.1
+    weight: Weight = 1.0
+    label_smoothing: Smoothing = 0.1
     normalise: Literal["global", "rank"] = "global"
 
     def __call__(self, model: ImageTextModel, batch: ImageTextBatch, seen: Seen, ranks: Ranks) -> LossValue:

@@ -16,6 +16,7 @@ from torch import Tensor
 from data.batch import DialogueBatch
 from model.visual_chat import VisualChatModel
 from train.distributed import Ranks
+from train.loss.settings import Smoothing, Weight
 from train.loss.stage_one import LossValue, report_by_language, total
 
 
@@ -29,8 +30,8 @@ class StageTwoLoss:
     """`normalise`: `global` divides by the tokens of the whole step, so that every token weighs the same however the
     batch is cut among ranks and micro-batches; `rank` is VisualGLM, each micro-batch's mean over its own tokens."""
 
-    weight: float = 1.0
-    label_smoothing: float = 0.0
+    weight: Weight = 1.0
+    label_smoothing: Smoothing = 0.0
     normalise: Literal["global", "rank"] = "global"
 
     def __call__(
