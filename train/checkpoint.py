@@ -11,7 +11,6 @@ checkpoints/latest -> step_<n>
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import random
@@ -27,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.weights.ours import frozen_fingerprint as frozen_fingerprint
 from train.distributed import Ranks
 from train.engine import Engine
 
@@ -171,22 +171,6 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], what: str, *, 
             f"run.resume=never for a new run, or run.force_resume=true to go on nevertheless"
         )
     return changes
-
-
-def frozen_fingerprint(stage: nn.Module) -> dict[str, Any]:
-    """Names and one hash of everything that does not train; it is not saved, so a resume must be given the same.
-
-    Values are hashed as bf16, so that a run may go on where frozen weights are stored in another precision.
-    """
-    digest = hashlib.sha256()
-    names = []
-    for name, parameter in stage.named_parameters():
-        if not parameter.requires_grad:
-            names.append(name)
-            digest.update(name.encode())
-            rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous().flatten()
-            digest.update(rounded.view(torch.uint8).numpy().data)
-    return {"names": names, "sha256": digest.hexdigest()}
 
 
 def random_state() -> tuple[dict[str, Tensor], dict[str, Any]]:
