@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from model.llm.chatglm import run_block
+from model.llm.chatglm_block import run_block
 
 
 def build(

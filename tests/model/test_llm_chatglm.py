@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from data.batch import IGNORED, Dialogue, Turn
 from model.llm import sat_network
-from model.llm.chatglm import SPECIAL, ChatGLM, ChatGLMCodec, positions, prefix_mask, rotation
+from model.llm.chatglm import SPECIAL, ChatGLM, ChatGLMCodec, positions, prefix_mask
+from model.llm.chatglm_block import as_bias, rotate, rotation
 from model.llm.pieces import train_pieces as train_pieces_of
 from model.weights.rows import head_by_head
 from tests.model.llm_common import codec_of, small_chatglm, train_pieces
@@ -287,6 +288,25 @@ def test_angles_are_positions_times_frequencies_of_the_precision_it_was_trained_
     cos, sin = rotation(place_block, 16, dtype, torch.float32)
     torch.testing.assert_close(cos[0, :, 0], torch.cat([expected] * 2, -1).cos().float(), atol=1e-4, rtol=0)
     torch.testing.assert_close(sin[0, :, 0], torch.cat([expected] * 2, -1).sin().float(), atol=1e-4, rtol=0)
+
+
+def test_queries_and_keys_turn_and_the_gradient_turns_back() -> None:
+    """As complex numbers: the first half of a half is the real part, the second the imaginary one."""
+    x = torch.randn(2, 3, 4, 2, 16, dtype=torch.float64, requires_grad=True)
+    cos_sin = rotation(torch.randint(0, 30, (2, 2, 3)), 16, torch.float16, torch.float64)
+    real, imaginary = x.detach().unflatten(-1, (2, 2, 4)).unbind(-2)
+    angle = torch.complex(*cos_sin[..., :4].unbind(0))[:, :, :, None]
+    turned = torch.complex(real, imaginary) * angle
+    expected = torch.stack([turned.real, turned.imag], dim=-2).flatten(-3)
+    torch.testing.assert_close(rotate(x, cos_sin), expected)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos_sin), (x,), fast_mode=True)
+
+
+def test_the_mask_as_attention_adds_it() -> None:
+    mask = torch.rand(2, 1, 5, 13) < 0.5
+    bias = as_bias(mask, torch.bfloat16)
+    assert torch.equal(bias == 0, mask) and torch.equal(bias == -float("inf"), ~mask)
+    assert bias.shape == mask.shape and all(stride % 8 == 0 for stride in bias.stride()[:-1]), "or it is copied"
 
 
 def test_activations_recomputed_give_the_same_gradient(pieces: Path) -> None:
