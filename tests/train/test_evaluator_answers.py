@@ -1,24 +1,28 @@
-"""Answers about pictures: what counts as right, BLEU and ROUGE-L by hand, and any number of ranks."""
+"""Answers about pictures: what counts as right, closed and open questions, and any number of ranks."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from data.batch import IGNORED, Dialogue, DialogueBatch, EncodedDialogue, Turn
+from data.source import BadSample, RawDialogue
 from data.source.scene_dialogues import REPHRASE, SceneDialogues
 from data.transform import EvalTransform
+from model.generation import Decoding
 from model.llm.warm_up import load, warm_up
 from model.qformer import QFormer
 from model.vision.encoder import eva_vit
 from model.visual_chat import VisualChatModel
 from tests.ranks import run_ranks
 from train.distributed import Ranks
-from train.evaluator.answers import AnswerEvaluator, closed_and_open, is_right
-from train.evaluator.text_metrics import bleu, majority_share, rouge_l, words
+from train.evaluator.answers import AnswerEvaluator, is_right
+from train.evaluator.predictions import Predictions
+from train.evaluator.text_metrics import text_scores
 
 
 def test_what_counts_as_right() -> None:
@@ -26,34 +30,84 @@ def test_what_counts_as_right() -> None:
     assert is_right("ＡＢ 12", ["x", "ab12"]) and not is_right("a red circl", ["a red circle"])
 
 
-def test_words_of_both_languages() -> None:
-    assert words("Lungs: clear, 左肺CT正常!") == ["lungs", "clear", "左", "肺", "ct", "正", "常"]
+class Questions:
+    """Text-only questions with what each annotator said; None stands for a picture that cannot be read."""
+
+    name, languages, scans = "questions", ("en",), True
+
+    def __init__(self, samples: Sequence[tuple[str, list[str]] | None]) -> None:
+        self.samples = list(samples)
+
+    def num_samples(self, language: str) -> int:
+        return len(self.samples)
+
+    def dialogues(self, language: str, index: int) -> tuple[Dialogue, ...]:
+        question, answers = self.samples[index] or ("lost", ["x"])
+        return tuple(Dialogue((Turn(question, answer),), "en") for answer in answers)
+
+    def where(self, language: str, index: int) -> str:
+        return f"row {index}"
+
+    def read(self, language: str, index: int) -> RawDialogue:
+        if self.samples[index] is None:
+            raise BadSample("no image")
+        return RawDialogue(self.dialogues(language, index), (), key=f"row {index}")
+
+    def fingerprint(self) -> Mapping[str, Any]:
+        return {}
 
 
-def test_bleu_by_hand() -> None:
-    # Papineni et al., example 2: "the" seven times finds two of its seven unigrams
-    answer, right = "the the the the the the the", ("The cat is on the mat.", "There is a cat on the mat.")
-    assert bleu([answer], [right], longest=1) == pytest.approx(2 / 7)
-    # 4 of 5 words, 2 of 4 pairs; one word shorter than its reference
-    found = bleu(["a red circle is small"], [("a red square is small now",)], longest=2)
-    assert found == pytest.approx(math.sqrt(4 / 5 * 2 / 4) * math.exp(1 - 6 / 5))
-    assert bleu(["no"], [("yes",)]) == 0.0 and bleu(["a b c d e"], [("a b c d e",)]) == pytest.approx(1.0)
+class Parrot(torch.nn.Module):
+    """Model and tokenizer in one: says what it was told, in turn."""
+
+    pad_id, stop_ids, num_image_tokens = 0, (0,), 4
+
+    def __init__(self, said: Sequence[str]) -> None:
+        super().__init__()
+        self.said, self.spoken = list(said), 0
+
+    def encode(self, dialogue: Dialogue, *, max_tokens: int | None = None) -> EncodedDialogue:
+        return EncodedDialogue((1, 2), (IGNORED, IGNORED), ())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.said[ids[0]]
+
+    def generate(self, batch: DialogueBatch, decoding: Any, *, never_early: bool) -> torch.Tensor:
+        self.spoken += len(batch)
+        return torch.arange(self.spoken - len(batch), self.spoken)[:, None]
 
 
-def test_rouge_l_by_hand() -> None:
-    # Lin, section 3.1: S1 "police killed the gunman", S2 "police kill the gunman": common 3 of 4 and 4
-    assert rouge_l(["police kill the gunman"], [("police killed the gunman",)]) == pytest.approx(3 / 4)
-    assert rouge_l(["the gunman kill police"], [("police killed the gunman",)]) == pytest.approx(2 / 4)
-    assert rouge_l(["左肺正常", ""], [("右肺", "左肺不正常"), ("x",)]) == pytest.approx((2 * 4 / 9 + 0) / 2)
-
-
-def test_closed_questions_beside_the_most_frequent_answer() -> None:
-    right = [("Yes",), ("no",), ("No",), ("left lung",)]
-    found = closed_and_open(["yes", "yes", "No.", "the left lung"], right, {"yes", "no"})
-    assert found["closed/right"] == pytest.approx(2 / 3) and found["closed/majority"] == pytest.approx(2 / 3)
-    assert (found["closed/num_questions"], found["open/num_questions"], found["open/exactly_right"]) == (3, 1, 0)
-    assert found["open/bleu_1"] == pytest.approx(2 / 3) and found["open/rouge_l"] == pytest.approx(4 / 5)
-    assert majority_share(["a", "b", "a", "c"]) == 0.5
+def test_closed_and_open_questions_apart() -> None:
+    asked = [
+        ("is it", ["Yes"] * 7 + ["no"] * 3),
+        ("can it", ["no"] * 9 + ["yes"]),
+        ("does it", ["no"] * 10),
+        None,
+        ("where is it", ["left lung"] * 2 + ["lung"] * 8),
+    ]
+    parrot: Any = Parrot([" Yes\n", "yes", "No.", "the left lung"])
+    evaluator = AnswerEvaluator(
+        Questions(asked), EvalTransform(image_size=64), parrot, closed=["yes", "no"], vqa=True, batch_size=2
+    )
+    found = evaluator(parrot, device=torch.device("cpu"), ranks=Ranks.alone())
+    expected = {
+        "exact_match": 0.5,
+        "normalised_match": 0.75,
+        "vqa_accuracy": (0.0 + 0.3 + 1.0 + 0.6) / 4,  # "Yes" of the annotators keeps its capital
+        "num_questions": 4,
+        "closed/num_questions": 3,
+        "closed/normalised_match": 1.0,
+        "closed/majority": 2 / 3,
+        "closed/vqa_accuracy": 1.3 / 3,
+        "open/num_questions": 1,
+        "open/normalised_match": 0.0,
+        "open/vqa_accuracy": 0.6,
+    }
+    assert {key: found.metrics[f"en/{key}"] for key in expected} == pytest.approx(expected)
+    scores = text_scores(["the left lung"], [["left lung", "lung"]], "en")
+    assert {key: found.metrics[f"en/open/{key}"] for key in scores} == pytest.approx(scores)
+    told = "\n".join(found.lines)
+    assert "4 questions" in told and "1 could not be read" in told and "13a, sacrebleu" in told, told
 
 
 # ------------------------------------------------------------------------------------------- a small model, warmed up
@@ -82,7 +136,7 @@ def source_of() -> SceneDialogues:
     return SceneDialogues(4, objects=(1, 0, 0), text_only_every=1)
 
 
-def evaluated(folder: str) -> tuple[dict[str, Any], tuple[str, ...]]:
+def evaluated(folder: str, file: str, decoding: dict[str, Any]) -> tuple[dict[str, Any], tuple[str, ...], list[str]]:
     ranks = Ranks.connect(torch.device("cpu"))
     torch.manual_seed(0)
     vision = eva_vit(image_size=64, patch_size=16, width=24, num_layers=1, num_heads=2, mlp_width=48)
@@ -93,20 +147,37 @@ def evaluated(folder: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     model = VisualChatModel(vision, qformer, llm)
     assert llm.codec is not None
     evaluator = AnswerEvaluator(
-        source_of(), EvalTransform(image_size=64), llm.codec, max_new_tokens=60, batch_size=2, closed=[], num_samples=3
-    )
-    found = evaluator(model, device=torch.device("cpu"), ranks=ranks)
+        source_of(), EvalTransform(image_size=64), llm.codec, batch_size=2, closed=[], num_samples=3,
+        decoding=Decoding(max_new_tokens=60, **decoding),
+    )  # fmt: skip
+    predictions = Predictions(ranks, Path(file))
+    found = evaluator(model, device=torch.device("cpu"), ranks=ranks, predictions=predictions)
+    predictions.close()
+    ranks.barrier()
     assert model.training, "the model is left in the mode it was in"
-    return dict(found.metrics), found.lines
+    return dict(found.metrics), found.lines, Path(file).read_text(encoding="utf-8").splitlines()
 
 
-def test_a_warmed_up_model_says_what_it_learnt_on_any_number_of_ranks(folder: Path) -> None:
-    expected, lines = evaluated(str(folder))
-    assert expected["zh/exactly_right"] == expected["en/exactly_right"] == 1.0, lines
-    assert expected["en/num_questions"] == 3 and expected["en/open/rouge_l"] == pytest.approx(1.0)
+def test_a_warmed_up_model_says_what_it_learnt_on_any_number_of_ranks(folder: Path, tmp_path: Path) -> None:
+    expected, lines, rows = evaluated(str(folder), str(tmp_path / "alone"), {})
+    assert expected["zh/exact_match"] == expected["en/exact_match"] == 1.0, lines
+    assert expected["en/num_questions"] == 3 and expected["en/open/13a/rouge_l"] == pytest.approx(1.0)
     assert any(REPHRASE["zh"][:4] in line for line in lines)
-    for found, _ in run_ranks(2, evaluated, str(folder)):
+    cut_off = tmp_path / "cut_off"
+    cut_off.write_text("\n".join([*rows[1:3], rows[4][:30]]), encoding="utf-8")
+    for found, _, again in run_ranks(2, evaluated, str(folder), str(cut_off), {}):
         assert found == expected
+        assert again == rows
+
+
+def test_what_is_drawn_belongs_to_the_question(folder: Path, tmp_path: Path) -> None:
+    """However many were asked beside it: an evaluation that goes on draws what it would have drawn."""
+    hot = {"temperature": 5.0}
+    _, _, rows = evaluated(str(folder), str(tmp_path / "whole"), hot)
+    part = tmp_path / "part"
+    part.write_text(rows[0] + "\n", encoding="utf-8")
+    assert evaluated(str(folder), str(part), hot)[2] == rows
+    assert len({row.partition('"answer"')[2] for row in rows}) == len(rows), "it does draw"
 
 
 def test_a_warm_up_is_not_repeated(folder: Path) -> None:

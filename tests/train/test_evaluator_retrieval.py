@@ -1,0 +1,185 @@
+"""Retrieval against a plain loop: several captions an image, several images a text, alone and on several ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data.transform import EvalTransform
+from model.image_text import ImageTextModel
+from model.tokenizer import CaptionTokenizer
+from tests.ranks import run_ranks
+from tests.train.tiny_evaluation import CPU, Album, codec, scenes, small_model, train_tokenizer
+from train.distributed import Ranks
+from train.evaluator.matching import ranked, reranked
+from train.evaluator.predictions import Predictions, read_predictions
+from train.evaluator.retrieval import RetrievalEvaluator
+
+ALONE = Ranks.alone()
+PLACES = ("r@1", "r@3", "mean")
+# Five captions or one or two; a query with three images; an image nobody asks for; one twice; one that cannot be read.
+QUERY, OTHER = ("a green star", "q1"), ("two red circles", "q2")
+SAMPLES: list[tuple[int, list[Any]] | None] = [
+    (0, ["a red circle", "one red circle", "the circle is red", "red", "circle"]),
+    (1, ["a blue square", QUERY]),
+    None,
+    (2, []),
+    (3, [QUERY, OTHER]),
+    (1, ["a square in blue"]),
+    (4, [OTHER]),
+    (5, [QUERY]),
+    (6, ["a red circle", "a yellow heart on the left"]),
+]
+# The same, written out: pictures of the images, captions, and which belong together.
+PICTURES = [0, 1, 2, 3, 4, 5, 6]
+CAPTIONS = [
+    "a red circle", "one red circle", "the circle is red", "red", "circle", "a blue square", "a green star",
+    "two red circles", "a square in blue", "a red circle", "a yellow heart on the left",
+]  # fmt: skip
+BELONG = {0: {0, 1, 2, 3, 4}, 1: {5, 6, 8}, 2: set(), 3: {6, 7}, 4: {7}, 5: {6}, 6: {9, 10}}
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def evaluator_of(folder: Path, **options: Any) -> RetrievalEvaluator:
+    settings = {"captions_per_image": None, "rerank": 4, "recall": (1, 3), "batch_size": 2, "max_text_tokens": 40}
+    return RetrievalEvaluator(
+        Album(SAMPLES), EvalTransform(image_size=32), codec(folder), **{**settings, "examples": 2, **options}
+    )
+
+
+@torch.no_grad()
+def plain_recall(tokenizer: CaptionTokenizer, model: ImageTextModel, *, rerank: int, same: bool) -> dict[str, float]:
+    """One image and one text at a time, as one reads the protocol of LAVIS."""
+    model.eval()
+    transform = EvalTransform(image_size=32)
+    images = [model.encode_image(transform.picture(scenes().picture(number))[None]) for number in PICTURES]
+    texts = [torch.tensor([tokenizer.encode(caption)]) for caption in CAPTIONS]
+    masks = [torch.ones_like(ids, dtype=torch.bool) for ids in texts]
+    belong = {
+        (i, t)
+        for i in BELONG
+        for t in range(len(CAPTIONS))
+        if t in BELONG[i] or (same and CAPTIONS[t] in {CAPTIONS[own] for own in BELONG[i]})
+    }
+    cosine, logit = {}, {}
+    for i, image in enumerate(images):
+        for t, ids in enumerate(texts):
+            text_E = model.encode_text(ids, masks[t])[0]
+            cosine[i, t] = max(float(query_E @ text_E) for query_E in image.query_BQE[0])
+            logit[i, t] = float(model.match(image, ids, masks[t])[0, 1])
+    expected = {}
+    for how in ("itc", "itm"):
+        means = []
+        for direction in ("image_to_text", "text_to_image"):
+            forward = direction == "image_to_text"
+            hits, asked = {1: 0, 3: 0}, 0
+            for row in range(len(images) if forward else len(texts)):
+                pairs = [(row, c) if forward else (c, row) for c in range(len(texts) if forward else len(images))]
+                order = sorted(pairs, key=lambda pair: -cosine[pair])
+                if how == "itm":
+                    best, rest = order[:rerank], order[rerank:]
+                    order = sorted(best, key=lambda pair: -(logit[pair] + cosine[pair])) + rest
+                if not belong & set(pairs):
+                    continue
+                asked += 1
+                for k in hits:
+                    hits[k] += any(pair in belong for pair in order[:k])
+            found = {f"r@{k}": hit / asked for k, hit in hits.items()}
+            found["mean"] = sum(found.values()) / 2
+            means.append(found["mean"])
+            expected |= {f"{how}/{direction}/{key}": value for key, value in found.items()}
+        expected[f"{how}/mean"] = sum(means) / 2
+    return expected
+
+
+@pytest.mark.parametrize(("rerank", "same"), [(4, True), (2, False), (128, True)])
+def test_equals_a_plain_loop(tokenizer_dir: Path, rerank: int, same: bool) -> None:
+    """Also where more candidates are asked for than there are.  `same`: what reads like a right caption is one."""
+    tokenizer = codec(tokenizer_dir)
+    model = small_model(tokenizer.vocab_size)
+    expected = plain_recall(tokenizer, model, rerank=rerank, same=same)
+    evaluator = evaluator_of(tokenizer_dir, rerank=rerank, same_text_is_right=same)
+    found = evaluator(model, device=CPU, ranks=ALONE)
+    assert {key: found.metrics[f"en/{key}"] for key in expected} == pytest.approx(expected)
+    assert len(set(expected.values())) > 4  # numbers that could differ
+    assert (found.metrics["en/num_images"], found.metrics["en/num_texts"]) == (7, 11)
+    assert any("pool of 7 images and 11 texts, 1 samples could not be read" in line for line in found.lines)
+    assert any(line.startswith("  ITM text to image: R@1 ") and "mean" in line for line in found.lines)
+    assert found.pictures.keys() == {"en"}
+
+
+def test_both_languages_apart_and_one_direction_alone(tokenizer_dir: Path) -> None:
+    evaluator = RetrievalEvaluator(
+        scenes(), EvalTransform(image_size=32), codec(tokenizer_dir), rerank=0, recall=[1], directions=["text_to_image"]
+    )
+    found = evaluator(small_model(codec(tokenizer_dir).vocab_size), device=CPU, ranks=ALONE).metrics
+    expected = {"itc/text_to_image/r@1", "itc/text_to_image/mean", "itc/mean", "num_images", "num_texts"}
+    assert found.keys() == {f"{language}/{key}" for language in ("zh", "en") for key in expected}
+
+
+def test_a_model_that_finds_everything_alike_finds_nothing() -> None:
+    """Candidates that score as high as the right one stand before it."""
+    cosine_RC = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.1, 0.9, 0.4, 0.3]])
+    alike, other = ranked([0, 1], cosine_RC, [{2}, {0, 3}], 4)
+    assert (alike.rank["itc"], other.rank["itc"]) == (4, 3)
+    assert other.best[:1] == [1]
+    asked = reranked(other, {0, 3}, [0.0, 1.0, 1.0], 3)  # 1, 2 and 3 get 0.9, 1.4 and 1.3
+    assert asked.rank == {"itc": 3, "itm": 2} and asked.best == [2, 3, 1, 0]
+    assert reranked(alike, {2}, [0.0] * 4, 4).rank["itm"] == 4
+    assert reranked(other, {0}, [9.0, 9.0], 2).rank == {"itc": 3, "itm": 3}, "ITM was not asked about it"
+
+
+def test_the_model_is_left_as_it_was(tokenizer_dir: Path) -> None:
+    model = small_model(codec(tokenizer_dir).vocab_size)
+    model.train()
+    model.vision.eval()  # type: ignore[attr-defined]
+    expected = {name: module.training for name, module in model.named_modules()}
+    assert len(set(expected.values())) == 2
+    evaluator_of(tokenizer_dir)(model, device=CPU, ranks=ALONE)
+    assert {name: module.training for name, module in model.named_modules()} == expected
+
+
+def test_images_that_no_memory_is_left_for_are_encoded_again(tokenizer_dir: Path) -> None:
+    model = small_model(codec(tokenizer_dir).vocab_size)
+    encoded = []
+    model.vision.register_forward_hook(lambda module, inputs, output: encoded.append(len(output)))  # type: ignore[operator]
+    expected = evaluator_of(tokenizer_dir)(model, device=CPU, ranks=ALONE).metrics
+    assert encoded == [2, 2, 2, 1], "each image once"
+    encoded.clear()
+    assert evaluator_of(tokenizer_dir, keep_gib=0)(model, device=CPU, ranks=ALONE).metrics == expected
+    assert encoded == [2, 2, 2, 1] * 2
+
+
+def on_rank(folder: str, file: str) -> tuple[dict[str, float], int, list[dict[str, Any]]]:
+    ranks = Ranks.connect(CPU)
+    model = small_model(codec(Path(folder)).vocab_size)
+    evaluator = evaluator_of(Path(folder), batch_size=1)
+    predictions = Predictions(ranks, Path(file))
+    found = evaluator(model, device=CPU, ranks=ranks, predictions=predictions)
+    predictions.close()
+    # everything stands in the file now, so the model is not asked again
+    again = Predictions(ranks, Path(file))
+    nobody: Any = torch.nn.Identity()
+    assert evaluator(nobody, device=CPU, ranks=ranks, predictions=again).metrics == found.metrics
+    again.close()
+    ranks.barrier()
+    return dict(found.metrics), len(found.pictures), read_predictions(Path(file))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_find_what_one_finds(tokenizer_dir: Path, tmp_path: Path, count: int) -> None:
+    expected, pictures, lines = on_rank(str(tokenizer_dir), str(tmp_path / "alone"))
+    assert pictures == 1
+    parts = [(line["part"], line["index"], line["rank"]) for line in lines]
+    assert [index for part, index, _ in parts if part == "en/image_to_text"] == [0, 1, 3, 4, 5, 6]
+    for rank, found in enumerate(run_ranks(count, on_rank, str(tokenizer_dir), str(tmp_path / "several"))):
+        assert found[0] == expected
+        assert found[1] == (1 if rank == 0 else 0)
+        assert [(line["part"], line["index"], line["rank"]) for line in found[2]] == parts
