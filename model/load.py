@@ -120,6 +120,7 @@ def _run(path: Path, how: _How, *, keep_adapter: bool) -> VisualChatModel:
     is_merged = not ours.is_ours(path) and (path / TRAINED).is_file()
     if is_merged:
         nodes["weights"] = {**nodes["weights"], "llm": str(path), "visualglm": None}
+    as_trained = how.bits is None and not is_merged and keep_adapter
     if is_merged or not keep_adapter:
         nodes["adapter"] = {"_target_": "model.adapter.NoAdapter"}
     absent = {key: place for key in STANDS_IN if (place := nodes["weights"].get(key)) and not Path(place).exists()}
@@ -136,7 +137,7 @@ def _run(path: Path, how: _How, *, keep_adapter: bool) -> VisualChatModel:
             f"{path} began with weights that are not there any more ({', '.join(map(str, absent.values()))}), and "
             f"{len(left)} of them are in no checkpoint (first: {left[0]}): put them back"
         )
-    if left and how.bits is None and not is_merged:
+    if left and as_trained:  # hashing a whole ChatGLM would take a minute, and it comes from files
         ours.check_frozen(model, ours.find(path).parent)
     ours.load_trained(model, trained)
     return model

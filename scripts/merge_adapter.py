@@ -5,7 +5,7 @@
 ADAPTER is the folder `adapter/` of a run, or any LoRA that peft saved; BASE the Hugging Face folder of the language
 model or of VisualGLM-6B, unquantised, also where the adapter was trained on 4 bits.  OUT gets every tensor of BASE in
 bfloat16, one shard in memory at a time.  Projection and Q-Former that trained along replace those of VisualGLM; beside
-a language model alone they are kept as `trained.safetensors`.
+a language model alone they are kept as `trained.safetensors`, with the run's `config.yaml`, so that chat can load OUT.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def merge(args: argparse.Namespace) -> str:
     if merging.left_over(args.base, args.adapter):
         shutil.copyfile(args.adapter / TRAINED, args.out / TRAINED)
         shutil.copyfile(args.adapter / ABOUT, args.out / ABOUT)
+        writing.copy_files(args.adapter.resolve().parent, args.out, ["config.yaml"])  # of the run: encoder and Q-Former
         return f"{args.out}; projection and Q-Former, which {args.base} has no place for, in {args.out / TRAINED}"
     return str(args.out)
 

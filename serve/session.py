@@ -188,7 +188,7 @@ class Session:
     ) -> Ask:
         """See `chat`."""
         for pair in history:
-            if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) and text for text in pair):
+            if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise ValueError(f"the history holds pairs of a question and its answer, not {pair!r}")
         shown = [list(getattr(pair, "pictures", ())) for pair in history] + [[]]
         if image is not None:
@@ -197,7 +197,14 @@ class Session:
             knows_pictures = any(isinstance(pair, Exchange) for pair in history)
             if not before or not torch.equal(before[-1], new):
                 shown[-1 if knows_pictures else 0].append(new)
-        turns = [Turn(*texts, num_images=len(own)) for texts, own in zip((*history, (question,)), shown, strict=True)]
+        turns: list[Turn] = []
+        waiting = 0  # pictures of questions that got no answer, and are not asked again
+        for (asked, said), own in zip(history, shown, strict=False):
+            waiting += len(own)
+            if said:
+                turns.append(Turn(asked, said, waiting))
+                waiting = 0
+        turns.append(Turn(question, "", waiting + len(shown[-1])))
         pictures = [picture for own in shown for picture in own]
         return self.asked(turns, pictures, language=language, decoding=decoding)
 
@@ -255,14 +262,16 @@ class Answers:
             return
         with self.session.lock:
             generation = self.session.model.begin(self._batch(), [ask.decoding for ask in self.asks])
-        while any(generation.running):
+        while True:
+            for row in list(self._stopped):
+                generation.stop(row)
+            if not any(generation.running):
+                return
             with self.session.lock:
                 step = generation.step()
             for row, token in enumerate(step):
                 if token is not None:
                     self._add(row, token, has_ended=not generation.running[row])
-            for row in self._stopped:
-                generation.stop(row)
             yield list(self._answers)
 
     def _all_at_once(self) -> list[Answer]:
