@@ -33,7 +33,7 @@ def spread(model: VisualChatModel, room: Sequence[tuple[torch.device, float]]) -
     model.to(room[0][0])
     for index, (block, device) in enumerate(zip(blocks, places, strict=True)):
         layers[index] = block.to(device)
-    model.llm.layer_devices = places
+    model.llm.layer_devices, model.llm.home_device = places, room[0][0]
     return model
 
 

@@ -14,7 +14,7 @@ from data.batch import Dialogue, DialogueBatch, Turn
 from model.qformer import QFormer
 from model.vision.encoder import eva_vit
 from model.visual_chat import VisualChatModel
-from tests.model.llm_common import codec_of, small_chatglm, train_pieces
+from tests.model.llm_common import small_chatglm, train_pieces
 
 __all__ = ["LANGUAGES", "SAMPLES", "batch_of", "pictures", "rows_of", "tiny_chat", "train_pieces"]
 
@@ -57,7 +57,8 @@ def pictures(count: int, *, seed: int = 0) -> list[Tensor]:
 
 
 def batch_of(model: VisualChatModel, samples: Sequence[Dialogue] = SAMPLES, *, seed: int = 0) -> DialogueBatch:
-    codec = codec_of(model.llm)  # type: ignore[arg-type]
+    codec = model.llm.codec
+    assert codec is not None
     stack = pictures(sum(sample.num_images for sample in samples), seed=seed)
     images = [[stack.pop(0) for _ in range(sample.num_images)] for sample in samples]
     batch = DialogueBatch.collate(

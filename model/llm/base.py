@@ -32,7 +32,8 @@ class LanguageModel(nn.Module):
         layers_pattern: the name in front of a block's number, for peft's `layers_to_transform`.
         checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
         loaded_from: the folder whose weights it was built with, for the table of weights.
-        layer_devices: where blocks sit on several devices (`model/spread.py`), the device of each.
+        layer_devices, home_device: where blocks sit on several devices (`model/spread.py`), the device of each, and
+            that of everything else.
     """
 
     width: int
@@ -44,6 +45,7 @@ class LanguageModel(nn.Module):
     checkpoint_activations: bool = False
     loaded_from: str | None = None
     layer_devices: Sequence[torch.device] | None = None
+    home_device: torch.device | None = None
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -88,7 +90,7 @@ class LanguageModel(nn.Module):
 
     def at_home(self, tensor: Tensor) -> Tensor:
         """Back from the last block, where embeddings and output head are."""
-        return tensor if self.layer_devices is None else tensor.to(self.layer_devices[0])
+        return tensor if self.home_device is None else tensor.to(self.home_device)
 
     def select(self, cache: Any, row_S: Tensor) -> None:
         """Makes a cache hold these of its rows, in this order; a row may be taken several times, or not at all."""
