@@ -29,7 +29,9 @@ class RawSample:
     image_id: str = ""  # equal for equal images (sha256, url, number); "" asks for a hash of the image's bytes
     keywords: tuple[str, ...] = ()  # may be mixed into the caption, at most `max_keywords` of them
     max_keywords: int = 0
-    caption_ids: tuple[str, ...] = ()  # of each caption, where one may belong to several images (a query); evaluators ask
+    caption_ids: tuple[
+        str, ...
+    ] = ()  # of each caption, where one may belong to several images (a query); evaluators ask
 
 
 class BadSample(Exception):

@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from data.batch import Dialogue, Turn
 from data.language import language_of
+from data.picture_files import check_reference, read_below
 from data.records import Malformed, as_object, files_of, read_rows
 from data.source import BadSample, RawDialogue
 from data.split import PARTS, held_out_share, part_of
@@ -41,6 +41,7 @@ class Conversation:
     language: str | None = None  # None: by the script of its words
     prompts: Mapping[str, Sequence[str]] | None = None  # by language; each is a question in place of the only turn's
     group: str | None = None  # where the format knows a better one than a field of the row
+    answers: tuple[str, ...] = ()  # of the last question, beside its turn's, where several people answered it
 
 
 @dataclass
@@ -117,25 +118,11 @@ class ConversationSource:
 
     def check_image(self, reference: str) -> None:
         """Before anything is opened.  Raises Malformed."""
-        if "\0" in reference:
-            raise Malformed("picture", "a path", reference)
-        if "://" in reference:
-            raise Malformed("picture", "a path below image_root (addresses are not fetched)", reference)
-        if os.path.isabs(reference) or os.path.normpath(reference).split(os.sep)[0] == os.pardir:
-            raise Malformed("picture", "a path below image_root", reference)
+        check_reference(reference)
 
     def open(self, reference: str, file: int, row: int) -> Any:
         """The picture's bytes.  Raises BadSample."""
-        try:
-            root = self._roots[file].resolve()
-            path = (root / reference).resolve()  # follows links: what they point to has to lie below the root as well
-            if not path.is_relative_to(root):
-                raise BadSample("picture outside image_root", detail=str(path))
-            if not path.is_file():
-                raise BadSample("no image", detail=str(path))
-            return path.read_bytes()
-        except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name that is none
-            raise BadSample("image cannot be read", detail=str(error)) from error
+        return read_below(self._roots[file], reference)
 
     # ------------------------------------------------------------------------------------------------ DialogueSource
 
@@ -181,7 +168,9 @@ class ConversationSource:
     def _dialogues(self, language: str, packed: Mapping[str, Any]) -> tuple[Dialogue, ...]:
         turns = tuple(Turn(*turn) for turn in packed["turns"])
         if not packed["prompted"]:
-            return (Dialogue(turns, language),)
+            last = turns[-1]
+            answers = (last.answer, *packed.get("answers", ()))
+            return tuple(Dialogue((*turns[:-1], replace(last, answer=answer)), language) for answer in answers)
         (turn,) = turns
         prompts = self._prompts[language]
         return tuple(Dialogue((Turn(prompt, turn.answer, turn.num_images),), language) for prompt in prompts)
@@ -235,6 +224,8 @@ class ConversationSource:
             "prompted": found.prompts is not None,
             "group": group,
         }
+        if found.answers:
+            value["answers"] = found.answers
         return language, json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
 
     def _group(self, row: Mapping[str, Any], found: Conversation) -> str:
@@ -283,6 +274,8 @@ def _check_turns(found: Conversation) -> None:
             raise Malformed(f"answer of turn {number}", "text that is not empty", turn.answer)
         if not turn.question and not turn.num_images and found.prompts is None:
             raise Malformed(f"question of turn {number}", "text, or a picture to talk about", turn.question)
+    if not all(found.answers):
+        raise Malformed("answers", "texts that are not empty", list(found.answers))
     shown = sum(turn.num_images for turn in found.turns)
     if shown != len(found.images):
         raise Malformed("pictures", f"{shown}, as many as the turns show", list(found.images))

@@ -96,7 +96,7 @@ class ShardSource:
         captions = self._captions(sample, shard, language, record, where)
         keywords = _strings((record or {}).get(self.keyword_fields.get(language, "")), where)
         image_id = next((f"{name}:{record[name]}" for name in self.image_id_fields if record and record.get(name)), "")
-        return RawSample(image, captions, image_id=image_id, keywords=keywords, max_keywords=self.max_keywords, **where)
+        return RawSample(image, captions, where["key"], where["shard"], image_id, keywords, self.max_keywords)
 
     def key(self, sample: int) -> str:
         key_end = self._index.key_end

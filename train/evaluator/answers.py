@@ -91,6 +91,7 @@ class AnswerEvaluator:
         self.batch_size, self.examples, self.note, self.vqa = batch_size, examples, note, vqa
         self.closed = None if closed is None else {plain(answer) for answer in closed}
         chosen = source.languages if languages is None else tuple(languages)
+        self.unreadable: Counter[str] = Counter()  # by language, texts that could not even be read
         self.questions = {language: self._questions(language, num_samples) for language in chosen}
 
     def __call__(
@@ -110,7 +111,7 @@ class AnswerEvaluator:
             answers = [str(rows[question.index]["answer"]) for question in asked]
             found = self._measures(answers, asked, language)
             metrics |= {f"{language}/{key}": value for key, value in found.items()}
-            left_out = len(questions) - len(asked)
+            left_out = len(questions) - len(asked) + self.unreadable[language]
             lines += self._lines(language, found, left_out)
             for question, answer in list(zip(asked, answers, strict=True))[: self.examples]:
                 words, said = " ".join(question.asked.split()), " ".join(answer.split())
@@ -194,13 +195,19 @@ class AnswerEvaluator:
         found = []
         for number in range(wanted):
             index = number * available // wanted
-            candidates = self.source.dialogues(language, index)
+            try:
+                candidates = self.source.dialogues(language, index)
+            except BadSample:
+                self.unreadable[language] += 1
+                continue
             first = candidates[0]
             right = tuple(dict.fromkeys(candidate.turns[-1].answer for candidate in candidates))
             question = first.turns[-1].question
             annotated = tuple(d.turns[-1].answer for d in candidates if d.turns[-1].question == question)
             asked = replace(first, turns=(*first.turns[:-1], replace(first.turns[-1], answer="")))
             found.append(Question(asked, right, annotated, index))
+        if not found:
+            raise ValueError(f"evaluator {self.name!r}: none of {wanted} samples of {language!r} could be read")
         return found
 
     # ------------------------------------------------------------------------------------------------------ metrics

@@ -1,0 +1,33 @@
+"""Pictures that a file names: opened late, as bytes, and only below the folder they are said to be in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from data.records import Malformed
+from data.source import BadSample
+
+
+def check_reference(reference: str) -> None:
+    """Before anything is opened.  Raises Malformed."""
+    if "\0" in reference:
+        raise Malformed("picture", "a path", reference)
+    if "://" in reference:
+        raise Malformed("picture", "a path below image_root (addresses are not fetched)", reference)
+    if os.path.isabs(reference) or os.path.normpath(reference).split(os.sep)[0] == os.pardir:
+        raise Malformed("picture", "a path below image_root", reference)
+
+
+def read_below(root: Path, reference: str) -> bytes:
+    """Raises BadSample."""
+    try:
+        root = root.resolve()
+        path = (root / reference).resolve()  # follows links: what they point to has to lie below the root as well
+        if not path.is_relative_to(root):
+            raise BadSample("picture outside image_root", detail=str(path))
+        if not path.is_file():
+            raise BadSample("no image", detail=str(path))
+        return path.read_bytes()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a name that is none
+        raise BadSample("image cannot be read", detail=str(error)) from error
