@@ -6,8 +6,8 @@ the DeepSpeed section, against DeepSpeed's own keys (`config_check.py`).  `build
 
 from __future__ import annotations
 
+import argparse
 import signal
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -129,9 +129,17 @@ class Config:
 
 
 def compose(
-    name: str, overrides: Sequence[str] = (), *, schema: type = Config, config_dir: Path = CONFIG_DIR
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    schema: type = Config,
+    config_dir: Path = CONFIG_DIR,
+    own_dir: Path | None = None,
 ) -> DictConfig:
     """`configs/<name>.yaml` with Hydra overrides, every key and value checked.
+
+    Args:
+        own_dir: a user's folder with more files for the groups, experiments above all.
 
     Raises:
         ConfigError: names each unknown key, where it stands and the nearest right one; missing and impossible values.
@@ -141,20 +149,24 @@ def compose(
     from hydra.errors import HydraException
 
     # Forced, a mistyped key on the command line arrives here and gets the same answer as one in a file.
-    forced = [as_forced(override, config_dir) for override in overrides]
+    folders = [config_dir] if own_dir is None else [_checked_own_dir(own_dir, config_dir), config_dir]
+    forced = [as_forced(override, folders) for override in overrides]
+    if own_dir is not None:
+        quoted = str(folders[0]).replace("\\", r"\\").replace("'", r"\'")
+        forced.append(f"hydra.searchpath=['file://{quoted}']")
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             config = hydra_compose(name, forced, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_plain(error)) from None
-    places = Places(config_dir, name, overrides, dict(config.hydra.runtime.choices))
+    places = Places(folders, name, overrides, dict(config.hydra.runtime.choices))
     OmegaConf.set_struct(config, False)
     del config["hydra"]
     asked_for: set[str] = set()
     with suppress(OmegaConfBaseException):  # an interpolation that leads nowhere is told below
         asked_for = OmegaConf.missing_keys(config)  # the schema's defaults would fill these in silently
 
-    problems = unknown_keys(OmegaConf.to_container(config), schema, places, config_dir)
+    problems = unknown_keys(OmegaConf.to_container(config), schema, places)
     if problems:
         raise ConfigError("\n".join(problems))
     try:
@@ -171,15 +183,28 @@ def compose(
         raise ConfigError(f"not set: {', '.join(missing)}.  Say it on the command line, e.g. {first}=...")
     problems = choices_and_bounds(config, schema, places)
     if not problems:  # again, now that it is seen what interpolations lead to
-        problems = unknown_keys(OmegaConf.to_container(config), schema, places, config_dir)
+        problems = unknown_keys(OmegaConf.to_container(config), schema, places)
     if problems:
         raise ConfigError("\n".join(problems))
     return config
 
 
+def _checked_own_dir(own_dir: Path, config_dir: Path) -> Path:
+    """Absolute.  Hydra would take our file of two with the same name, and say nothing of the user's."""
+    folder = own_dir.expanduser().resolve()
+    if not folder.is_dir():
+        raise ConfigError(f"--config-dir: there is no folder {folder}")
+    for file in sorted(folder.rglob("*.yaml")):
+        if (config_dir / file.relative_to(folder)).is_file():
+            raise ConfigError(f"--config-dir: {file} is named like one of configs/; give it another name")
+    return folder
+
+
 def from_command_line(name: str, *, schema: type = Config, argv: Sequence[str] | None = None) -> DictConfig:
     """For an entry point: overrides from the command line; answers --help and --cfg; a bad config ends the process."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", type=Path)
+    own, arguments = parser.parse_known_args(argv)
     # The deepspeed launcher adds --local_rank where --no_local_rank was forgotten; the environment says it too.
     arguments = [a for a in arguments if not a.startswith("--local_rank")]
     overrides = [a for a in arguments if not a.startswith("-")]
@@ -192,11 +217,14 @@ def from_command_line(name: str, *, schema: type = Config, argv: Sequence[str] |
             print(help_text(name, overrides, schema, CONFIG_DIR))
             raise SystemExit(0)
         if flags and flags[0] == "--cfg":
-            print(OmegaConf.to_yaml(compose(name, [o for o in overrides if o != "job"], schema=schema)))
+            overrides = [o for o in overrides if o != "job"]
+            print(OmegaConf.to_yaml(compose(name, overrides, schema=schema, own_dir=own.config_dir)))
             raise SystemExit(0)
         if flags:
-            raise ConfigError(f"unknown option {flags[0]}; options are --help and --cfg job, all else is key=value")
-        return compose(name, overrides, schema=schema)
+            raise ConfigError(
+                f"unknown option {flags[0]}; options are --help, --cfg job and --config-dir DIR, all else is key=value"
+            )
+        return compose(name, overrides, schema=schema, own_dir=own.config_dir)
     except ConfigError as error:
         stop(f"config error: {error}", 2)
 

@@ -27,12 +27,13 @@ Path_ = tuple[str, ...]
 class Places:
     """Where a key of the composed config was written."""
 
-    def __init__(self, config_dir: Path, name: str, overrides: Sequence[str], choices: Mapping[str, Any]):
-        self.config_dir, self.overrides = config_dir, list(overrides)
-        self.chosen = [config_dir / f"{name}.yaml"]
+    def __init__(self, folders: Sequence[Path], name: str, overrides: Sequence[str], choices: Mapping[str, Any]):
+        self.folders, self.overrides = list(folders), list(overrides)
+        chosen = [f"{name}.yaml"]
         for group, choice in choices.items():
             if isinstance(choice, str) and not group.startswith("hydra/"):
-                self.chosen.append(config_dir / group.partition("@")[0] / f"{choice}.yaml")
+                chosen.append(f"{group.partition('@')[0]}/{choice}.yaml")
+        self.chosen = [folder / file for file in chosen for folder in self.folders]
 
     def of(self, path: Path_) -> str:
         """ "on the command line: ..." or "configs/train/optim/adamw.yaml, line 3"."""
@@ -42,18 +43,20 @@ class Places:
             inside = dotted.startswith(written + ".") and path[-1] in override  # a.b={c: 1}
             if inside or written == dotted or written.startswith(dotted + "."):
                 return f"on the command line: {override}"
-        others = [file for file in sorted(self.config_dir.rglob("*.yaml")) if file not in self.chosen]
-        for file in [*reversed(self.chosen), *others]:
+        every = [file for folder in self.folders for file in sorted(folder.rglob("*.yaml"))]
+        for file in [*reversed(self.chosen), *(file for file in every if file not in self.chosen)]:
             line = self._line(file, path)
             if line is not None:
-                return f"{file.relative_to(self.config_dir.parent)}, line {line}"
+                own = len(self.folders) > 1 and file.is_relative_to(self.folders[0])
+                return f"{file if own else file.relative_to(self.folders[-1].parent)}, line {line}"
         return "in the composed config"
 
     def _line(self, file: Path, path: Path_) -> int | None:
         if not file.is_file():
             return None
         text = file.read_text(encoding="utf-8")
-        package = file.relative_to(self.config_dir).parent.parts
+        folder = next(folder for folder in self.folders if file.is_relative_to(folder))
+        package = file.relative_to(folder).parent.parts
         header = text[:200].partition("@package")[2].split()
         if header:
             package = () if header[0] == "_global_" else tuple(header[0].split("."))
@@ -74,9 +77,9 @@ def _line_of(node: Any, path: Path_) -> int | None:
     return None
 
 
-def unknown_keys(config: Any, schema: type, places: Places, config_dir: Path) -> list[str]:
+def unknown_keys(config: Any, schema: type, places: Places) -> list[str]:
     """One sentence for each key that is no key.  What needs no import is looked at first."""
-    checker = _Checker(schema, places, config_dir)
+    checker = _Checker(schema, places)
     problems = list(checker.dataclass_keys(config, schema, ()))
     if not problems:
         checker.imports = True
@@ -85,8 +88,8 @@ def unknown_keys(config: Any, schema: type, places: Places, config_dir: Path) ->
 
 
 class _Checker:
-    def __init__(self, schema: type, places: Places, config_dir: Path):
-        self.places, self.config_dir = places, config_dir
+    def __init__(self, schema: type, places: Places):
+        self.places = places
         self.imports = False  # whether signatures and DeepSpeed may be asked
         self.elsewhere = {path[-1]: ".".join(path) for path in _schema_paths(schema)}
 
@@ -113,7 +116,8 @@ class _Checker:
         if rule == "deepspeed":
             yield from self.deepspeed(value, path)
         elif rule == "groups":
-            groups = [folder.name for folder in (self.config_dir / path[-1]).iterdir() if folder.is_dir()]
+            own = [folder / path[-1] for folder in self.places.folders]
+            groups = [group.name for folder in own if folder.is_dir() for group in folder.iterdir() if group.is_dir()]
             for name, node in value.items():
                 if name not in groups:
                     yield self.unknown((*path, name), groups)
@@ -259,17 +263,17 @@ def find(target: str) -> Any:
     raise ImportError(f"no module named {parts[0]}")
 
 
-def as_forced(override: str, config_dir: Path) -> str:
+def as_forced(override: str, folders: Sequence[Path]) -> str:
     """`a.b=1` -> `++a.b=1`, so that an unknown key reaches our check; choices of a group stay as they are."""
     name = override.lstrip("+~").partition("=")[0].partition("@")[0]
     if "=" not in override and not override.startswith("~"):
         raise ConfigError(f"{override!r} is no key=value")
     if override.startswith(("~", "++")) or name.partition(".")[0] == "hydra":
         return override
-    if (config_dir / name).is_dir():
+    if any((folder / name).is_dir() for folder in folders):
         return override.lstrip("+") if name == "experiment" else override
     if "/" in name:
-        groups = [str(p.relative_to(config_dir)) for p in config_dir.rglob("*") if p.is_dir()]
+        groups = [str(p.relative_to(folder)) for folder in folders for p in folder.rglob("*") if p.is_dir()]
         close = difflib.get_close_matches(name, groups, n=1)
         raise ConfigError(
             f"no config group {name} (on the command line: {override})"

@@ -15,7 +15,10 @@ WIDTH = 120
 def help_text(name: str, overrides: Sequence[str], schema: type, config_dir: Path) -> str:
     """Keys of the schema with defaults, then the files of every group with their comments."""
     first_lines = (config_dir / f"{name}.yaml").read_text(encoding="utf-8").split("\ndefaults:")[0]
-    parts = [first_lines.strip(), "", "Keys (key = default):", *_keys(schema, ())]
+    options = (
+        "Options: --help; --cfg job prints the config; --config-dir DIR adds your own DIR/experiment/*.yaml and groups."
+    )
+    parts = [first_lines.strip(), "", options, "", "Keys (key = default):", *_keys(schema, ())]
     parts += ["", "Groups: choose one with group=name, set its keys as group.key=value (dots for slashes)."]
     for folder in sorted({file.parent for file in config_dir.rglob("*.yaml")} - {config_dir}):
         group = folder.relative_to(config_dir)
