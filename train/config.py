@@ -135,11 +135,13 @@ def compose(
     schema: type = Config,
     config_dir: Path = CONFIG_DIR,
     own_dir: Path | None = None,
+    base: Any = None,
 ) -> DictConfig:
     """`configs/<name>.yaml` with Hydra overrides, every key and value checked.
 
     Args:
         own_dir: a user's folder with more files for the groups, experiments above all.
+        base: values that everything else goes over, such as those of a run that is evaluated.
 
     Raises:
         ConfigError: names each unknown key, where it stands and the nearest right one; missing and impossible values.
@@ -162,6 +164,8 @@ def compose(
     places = Places(folders, name, overrides, dict(config.hydra.runtime.choices))
     OmegaConf.set_struct(config, False)
     del config["hydra"]
+    if base is not None:
+        config = OmegaConf.merge(base, config)
     asked_for: set[str] = set()
     with suppress(OmegaConfBaseException):  # an interpolation that leads nowhere is told below
         asked_for = OmegaConf.missing_keys(config)  # the schema's defaults would fill these in silently
@@ -200,7 +204,9 @@ def _checked_own_dir(own_dir: Path, config_dir: Path) -> Path:
     return folder
 
 
-def from_command_line(name: str, *, schema: type = Config, argv: Sequence[str] | None = None) -> DictConfig:
+def from_command_line(
+    name: str, *, schema: type = Config, argv: Sequence[str] | None = None, base: Any = None
+) -> DictConfig:
     """For an entry point: overrides from the command line; answers --help and --cfg; a bad config ends the process."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", type=Path)
@@ -218,13 +224,13 @@ def from_command_line(name: str, *, schema: type = Config, argv: Sequence[str] |
             raise SystemExit(0)
         if flags and flags[0] == "--cfg":
             overrides = [o for o in overrides if o != "job"]
-            print(OmegaConf.to_yaml(compose(name, overrides, schema=schema, own_dir=own.config_dir)))
+            print(OmegaConf.to_yaml(compose(name, overrides, schema=schema, own_dir=own.config_dir, base=base)))
             raise SystemExit(0)
         if flags:
             raise ConfigError(
                 f"unknown option {flags[0]}; options are --help, --cfg job and --config-dir DIR, all else is key=value"
             )
-        return compose(name, overrides, schema=schema, own_dir=own.config_dir)
+        return compose(name, overrides, schema=schema, own_dir=own.config_dir, base=base)
     except ConfigError as error:
         stop(f"config error: {error}", 2)
 

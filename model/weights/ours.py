@@ -87,17 +87,32 @@ def check_frozen(model: nn.Module, checkpoint: Path) -> None:
         )
 
 
+def fingerprint_of_file(path: Path) -> str:
+    """Changes when anything in the file does."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def is_ours(path: Path) -> bool:
     """Whether it is a run, or a checkpoint's folder, of this project."""
     return (path / "checkpoints").is_dir() or (path / _FILE).is_file()
 
 
-def find(path: Path) -> Path:
-    """The file of weights that `path` means."""
+def find(path: Path, wish: str = "newest") -> Path:
+    """The file of weights that `path` means.
+
+    Args:
+        wish: which checkpoint of a run: newest, best, or a name like step_300.
+    """
     if path.is_file() and path.suffix == ".safetensors":
         return path
     runs = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    folder = runs / "latest" if (runs / "latest").is_dir() else path
+    if wish != "newest":
+        if not (runs / wish / _FILE).is_file():
+            there = sorted(folder.name for folder in runs.glob("*/") if (folder / _FILE).is_file())
+            raise ValueError(f"{path} has no checkpoint {wish}; it has {', '.join(there) or 'none'}")
+        return (runs / wish).resolve() / _FILE
+    folder = (runs / "latest").resolve() if (runs / "latest").is_dir() else path
     if not (folder / _FILE).is_file():
         raise ValueError(f"{path} is no checkpoint of this project and no run: there is no {_FILE} in {folder}")
     return folder / _FILE
