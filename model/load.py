@@ -41,6 +41,7 @@ def load(
     dtype: str = "auto",
     tokenizer: str | Path | None = None,
     qkv_order: visualglm.QkvOrder | None = None,
+    checkpoint: str = "newest",
 ) -> VisualChatModel:
     """In eval mode, on its device, all of it in one precision but for what is quantised.
 
@@ -54,6 +55,7 @@ def load(
         dtype: "auto" is bfloat16 on a GPU and float32 on a CPU.
         tokenizer: `ice_text.model`, where the folder has none.
         qkv_order: "blocks" or "per_head", where the folder does not say it; see `visualglm.resolve_order`.
+        checkpoint: of a run: newest, best, or a name like step_300.
     Raises:
         ValueError: a folder of another kind, something missing in it, an adapter for another model.
     """
@@ -66,9 +68,10 @@ def load(
         raise ValueError(f"device_map is {device_map!r}; it can be auto")
     on = device_of(device)
     name = ("bfloat16" if on.type == "cuda" else "float32") if dtype == "auto" else dtype
-    how = _How(BITS[quantize], on, name)
+    # a model to be spread is quantised on the CPU, so that all of a GPU's room is still there for the plan
+    how = _How(BITS[quantize], torch.device("cpu") if device_map else on, name)
     if (path / CONFIG).is_file():
-        model = _run(path, how, keep_adapter=adapter is None)
+        model = _run(path, how, checkpoint, keep_adapter=adapter is None)
     else:
         model = _visualglm(path, how, tokenizer, qkv_order)
     if adapter is not None:
@@ -110,11 +113,11 @@ def in_one_precision(model: nn.Module, dtype: torch.dtype) -> None:
 # ------------------------------------------------------------------------------------------------- a run of finetune.py
 
 
-def _run(path: Path, how: _How, *, keep_adapter: bool) -> VisualChatModel:
+def _run(path: Path, how: _How, checkpoint: str, *, keep_adapter: bool) -> VisualChatModel:
     from omegaconf import OmegaConf
 
     config: Any = OmegaConf.to_container(OmegaConf.load(path / CONFIG), resolve=True)
-    nodes = _moved(config["model"], config["run"]["dir"], path)
+    nodes = moved(config["model"], config["run"]["dir"], path)
     if "visual_chat" not in nodes:
         raise ValueError(f"{path} is a run of stage one: it has no language model to talk to; finetune.py gives it one")
     is_merged = not ours.is_ours(path) and (path / TRAINED).is_file()
@@ -125,7 +128,7 @@ def _run(path: Path, how: _How, *, keep_adapter: bool) -> VisualChatModel:
         nodes["adapter"] = {"_target_": "model.adapter.NoAdapter"}
     absent = {key: place for key in STANDS_IN if (place := nodes["weights"].get(key)) and not Path(place).exists()}
     nodes["weights"] = {**nodes["weights"], **dict.fromkeys(absent)}
-    trained = open_file(path / TRAINED if is_merged else ours.find(path)).without_prefix("model.")
+    trained = open_file(path / TRAINED if is_merged else ours.find(path, checkpoint)).without_prefix("model.")
     if not keep_adapter:
         trained = trained.only(lambda name: ".lora_" not in name)
     with torch.random.fork_rng(devices=[]):
@@ -138,7 +141,7 @@ def _run(path: Path, how: _How, *, keep_adapter: bool) -> VisualChatModel:
             f"{len(left)} of them are in no checkpoint (first: {left[0]}): put them back"
         )
     if left and as_trained:  # hashing a whole ChatGLM would take a minute, and it comes from files
-        ours.check_frozen(model, ours.find(path).parent)
+        ours.check_frozen(model, ours.find(path, checkpoint).parent)
     ours.load_trained(model, trained)
     return model
 
@@ -146,12 +149,12 @@ def _run(path: Path, how: _How, *, keep_adapter: bool) -> VisualChatModel:
 STANDS_IN = ("stage_one", "qformer")  # starting weights that training replaced, all or some
 
 
-def _moved(node: Any, before: str, now: Path) -> Any:
+def moved(node: Any, before: str, now: Path) -> Any:
     """The node with everything that was in the run's folder where that folder is now."""
     if isinstance(node, dict):
-        return {name: _moved(value, before, now) for name, value in node.items()}
+        return {name: moved(value, before, now) for name, value in node.items()}
     if isinstance(node, list):
-        return [_moved(value, before, now) for value in node]
+        return [moved(value, before, now) for value in node]
     if isinstance(node, str) and (node == before or node.startswith(before.rstrip("/") + "/")):
         return str(now / Path(node).relative_to(before))
     return node

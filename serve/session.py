@@ -30,7 +30,7 @@ from model.load import load
 from model.visual_chat import VisualChatModel
 from serve.punctuation import restores_punctuation, settled, with_full_width
 
-Picture = bytes | Image.Image | np.ndarray
+Picture = bytes | Image.Image | np.ndarray | Tensor  # a tensor: what `Session.picture` made
 LANGUAGES = ("zh", "en")
 # VisualGLM's own (`cli_demo.py:18-26`), but for its repetition penalty of 1.2, which makes a model avoid the words of
 # the question
@@ -167,6 +167,9 @@ class Session:
         Raises:
             ValueError: something else than bytes or an opened picture; a broken, unknown or too large one.
         """
+        size = self.transform.image_size
+        if isinstance(image, Tensor) and image.dtype == torch.uint8 and image.shape == (3, size, size):
+            return image
         if not isinstance(image, bytes | Image.Image | np.ndarray):
             raise ValueError(
                 f"a picture is bytes or an opened picture, not {type(image).__name__}: read a file with "

@@ -94,6 +94,8 @@ def contained() -> Iterator[None]:
     """Inside, SAT builds models without a process group; afterwards random states and switches are as before."""
     os.environ.setdefault("SAT_LOGLEVEL", "WARNING")  # SAT and DeepSpeed say hello; a command's output is not theirs
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no other
     with contextlib.redirect_stdout(sys.stderr):
         import sat.arguments
         import sat.model.transformer

@@ -134,6 +134,14 @@ def test_every_row_of_a_batch_says_what_it_says_alone_without_a_cache(
     assert len({tuple(row) for row in found}) == len(found), "the answers ought to differ"
 
 
+def test_a_cache_that_grows_on_the_way(models: dict[str, LanguageModel], monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = models["chatglm"]
+    ids_BL, mask_BL = prompts(llm)
+    expected = say(llm, ids_BL, mask_BL, Decoding(12)), say(llm, ids_BL, mask_BL, Decoding(12, num_beams=2))
+    monkeypatch.setattr("model.llm.chatglm.CHUNK", 3)
+    assert (say(llm, ids_BL, mask_BL, Decoding(12)), say(llm, ids_BL, mask_BL, Decoding(12, num_beams=2))) == expected
+
+
 @pytest.mark.parametrize(
     "how",
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,27 +13,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.adapter import Lora
-from model.llm.warm_up import chatglm_config
 from model.load import load
 from model.visual_chat import VisualChatModel
-from model.weights import adapter_folder, ours, sat, visualglm_convert, writing
-from model.weights.checkpoint import from_tensors
+from model.weights import adapter_folder, sat, visualglm_convert
 from tests.model.llm_common import codec_of
 from tests.tiny_chat import batch_of, tiny_chat, train_pieces
+from tests.tiny_run import SIZES, chatglm_nodes, write_run
 
 CPU = torch.device("cpu")
-SIZES = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "inner_size": 128, "vocab_size": 256}
-VISION = {"image_size": 28, "patch_size": 14, "width": 24, "num_layers": 2, "num_heads": 2, "mlp_width": 48}
-QFORMER = {
-    "hidden_size": 32,
-    "num_layers": 3,
-    "num_heads": 4,
-    "intermediate_size": 48,
-    "max_positions": 4,
-    "num_query_tokens": 5,
-    "dropout": 0.1,
-    "initial_std": 0.2,
-}
 
 
 @pytest.fixture(scope="module")
@@ -189,57 +175,10 @@ def test_what_is_wrong_with_a_folder_is_said(pieces: Path, sat_folder: Path, hf_
 # ----------------------------------------------------------------------------------------------- a run of finetune.py
 
 
-def run_folder(pieces: Path, place: Path, *, warmed: bool = False, lora: bool = True) -> tuple[Path, Tensor]:
-    """Laid out as finetune.py leaves it; the encoder's weights were drawn when the run began.  -> the run, logits"""
-    run, base = place / "run", place / ("run/llm" if warmed else "chatglm")
-    whole = chat(pieces, seed=5)
-    config = chatglm_config(SIZES, codec_of(whole.llm), 0.0)  # type: ignore[arg-type]
-    tensors = {name: p.detach() for name, p in whole.llm.network.named_parameters()}
-    writing.write_folder(from_tensors(tensors), base, metadata={})
-    writing.write_json(base / "config.json", config)
-    shutil.copyfile(pieces, base / "ice_text.model")
-    llm: dict[str, Any] = {"_target_": "model.llm.warm_up.warm_up", "_partial_": True, "folder": str(base)}
-    if not warmed:
-        llm = {"_target_": "model.llm.chatglm.chatglm", **SIZES, "tokenizer": str(base), "num_image_tokens": 5,
-               "rotary_dtype": "float32", "dtype": "bfloat16", "initial_std": None}  # fmt: skip
-    adapter = {"_target_": "model.adapter.Lora", "rank": 4} if lora else {"_target_": "model.adapter.NoAdapter"}
-    weights = {"_target_": "model.weights.stage_two.initialise", "_partial_": True, "stage_one": None,
-               "llm": None if warmed else str(base), "qkv_order": "per_head"}  # fmt: skip
-    nodes = {
-        "vision": {"_target_": "model.vision.encoder.eva_vit", **VISION, "initial_std": 0.3},
-        "qformer": {"_target_": "model.qformer.QFormer", **QFORMER},
-        "llm": llm,
-        "visual_chat": {"_target_": "model.visual_chat.VisualChatModel"},
-        "adapter": adapter,
-        "weights": weights,
-    }
-    run.mkdir(exist_ok=True)
-    OmegaConf.save(OmegaConf.create({"run": {"dir": str(run), "seed": 7}, "model": nodes}), run / "config.yaml")
-    model = as_begun(nodes)
-    frozen = ours.frozen_fingerprint(model, "model")
-    torch.manual_seed(1)
-    learnt = {f"model.{name}": p for name, p in model.named_parameters() if p.requires_grad}
-    for parameter in learnt.values():
-        parameter.data += 0.1 * torch.randn_like(parameter)
-    step = run / "checkpoints/step_2"
-    step.mkdir(parents=True)
-    save_file({name: p.detach() for name, p in learnt.items()}, step / "weights.safetensors")
-    (step / "state.json").write_text(json.dumps({"step": 2, "frozen": frozen}))
-    (run / "checkpoints/latest").symlink_to("step_2")
-    adapter_folder.save(model, {n.removeprefix("model."): p.detach() for n, p in learnt.items()}, run / "adapter")
-    return run, logits(model.eval())
-
-
-def as_begun(nodes: dict[str, Any]) -> VisualChatModel:
-    """As finetune.py builds it."""
-    from model.assemble import assemble
-    from model.build import build
-    from model.llm.warm_up import load as load_warm
-
-    torch.manual_seed(7)
-    warmed = nodes["llm"].get("_partial_")
-    llm = load_warm(Path(nodes["llm"]["folder"])) if warmed else build({**nodes["llm"], "dtype": "float32"})
-    return assemble(nodes, llm, device=CPU)[0]
+def run_folder(pieces: Path, place: Path, *, warmed: bool = False) -> tuple[Path, Tensor]:
+    """-> the run, logits of its model"""
+    nodes = chatglm_nodes(pieces, place / ("run/llm" if warmed else "chatglm"), warmed=warmed)
+    return place / "run", logits(write_run(place / "run", nodes))
 
 
 @pytest.mark.parametrize("warmed", [False, True])

@@ -1,0 +1,173 @@
+"""A conversation in a terminal, in Chinese or English: a picture by its path, then questions."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from torch import Tensor
+
+from model.generation import Decoding
+from serve.session import Exchange, Session
+
+TEXTS = {
+    "zh": {
+        "welcome": "模型 {name} 已就绪。输入 clear 重新开始，stop 结束；回答时按 Ctrl-C 停止回答。",
+        "picture": "图片路径（直接回车则不用图片）：",
+        "question": "用户：",
+        "answer": "{name}：",
+        "describe": "描述这张图片。",
+        "absent": "没有这个文件：{path}",
+        "unreadable": "这个文件读不了：{path}（{error}）",
+        "stopped": "（已停止）",
+        "cut": "（对话太长，最早的部分已略去）",
+        "idle": "（输入 stop 结束程序）",
+        "bye": "再见。",
+    },
+    "en": {
+        "welcome": "{name} is ready. clear begins anew, stop ends; Ctrl-C stops an answer.",
+        "picture": "Path of a picture (none: just press Enter): ",
+        "question": "You: ",
+        "answer": "{name}: ",
+        "describe": "Describe the image.",
+        "absent": "There is no file {path}",
+        "unreadable": "{path} cannot be read ({error})",
+        "stopped": "(stopped)",
+        "cut": "(the conversation is long: its beginning was left out)",
+        "idle": "(type stop to end the program)",
+        "bye": "Goodbye.",
+    },
+}
+
+
+class Terminal:
+    """One person at a terminal.
+
+    Args:
+        language: of what the program says: "zh" or "en"; answers are in the language of the questions.
+        question: asked first of every picture; None: "Describe the image."
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        decoding: Decoding,
+        *,
+        language: str,
+        question: str | None = None,
+        out: TextIO = sys.stdout,
+    ) -> None:
+        self.session, self.decoding, self.out = session, decoding, out
+        self.texts = TEXTS[language]
+        self.first_question = question or self.texts["describe"]
+
+    def run(self, picture: Path | None = None) -> None:
+        """Until `stop`, or the end of what is typed.
+
+        Args:
+            picture: of the first conversation, instead of asking for its path.
+        """
+        self.tell("welcome", name=self.session.name)
+        try:
+            while self.conversation(picture):
+                picture = None
+        except EOFError:
+            self.write("\n")
+        self.tell("bye")
+
+    def conversation(self, path: Path | None) -> bool:
+        """From a picture on.  -> whether another one follows"""
+        history: list[Exchange] = []
+        picture = None
+        while picture is None:
+            typed = self.read("picture") if path is None else str(path)
+            if typed in ("stop", "clear"):
+                return typed == "clear"
+            if not typed:
+                break
+            picture, path = self.open(typed), None
+        question = self.first_question if picture is not None else self.read("question")
+        while question != "stop":
+            if question == "clear":
+                return True
+            if question:
+                history = self.answer(picture, question, history)
+                picture = None  # the history remembers it
+            question = self.read("question")
+        return False
+
+    def answer(self, picture: Tensor | None, question: str, history: list[Exchange]) -> list[Exchange]:
+        """Shows an answer as it comes.  -> the history with it, or with as much as was said"""
+        try:
+            ask = self.session.ask(picture, question, history, decoding=self.decoding)
+        except ValueError as error:
+            self.write(f"{error}\n")
+            return history
+        if ask.encoded.num_cut.get("history") or ask.encoded.num_cut.get("question"):
+            self.tell("cut")
+        self.write(self.texts["answer"].format(name=self.session.name))
+        shown = ""
+        with interrupted() as is_interrupted:
+            for (answer,) in self.session.answers([ask]):
+                self.write(answer.text[len(shown) :])
+                shown = answer.text
+                if is_interrupted():
+                    self.write(f" {self.texts['stopped']}")
+                    break
+        self.write("\n")
+        return ask.history(shown)
+
+    def open(self, typed: str) -> Tensor | None:
+        """The picture at a path that was typed here; None, with a sentence, where it cannot be used."""
+        path = Path(typed.strip("'\"")).expanduser()
+        if not path.is_file():
+            self.tell("absent", path=path)
+            return None
+        try:
+            return self.session.picture(path.read_bytes())
+        except (OSError, ValueError) as error:
+            self.tell("unreadable", path=path, error=error)
+            return None
+
+    def read(self, prompt: str) -> str:
+        """What is typed; Ctrl-C there ends the line, not the program.  Raises EOFError at the end of the input."""
+        while True:
+            try:
+                typed = input(self.texts[prompt])
+            except KeyboardInterrupt:
+                self.write("\n")
+                self.tell("idle")
+                continue
+            # bytes that are no UTF-8 come as halves of characters, which no tokenizer takes
+            return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
+
+    def tell(self, sentence: str, **values: object) -> None:
+        self.write(self.texts[sentence].format(**values) + "\n")
+
+    def write(self, text: str) -> None:
+        self.out.write(text)
+        self.out.flush()
+
+
+@contextmanager
+def interrupted() -> Iterator[object]:
+    """Inside, Ctrl-C only sets a flag, which is asked after every token: nothing is torn in the middle of a step."""
+    pressed: list[int] = []
+
+    def note(number: int, _: FrameType | None) -> None:
+        if pressed:  # a second time: whoever waits for a very long prompt means it
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(pressed)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGINT, before)
