@@ -45,7 +45,7 @@ class Run:
 
 def start(config: DictConfig) -> Run:
     """Device, ranks, seeds, and a directory that one rank chooses and the others are told."""
-    device = _device(config.run.device)
+    device = own_device(config.run.device)
     if device.type == "cpu":  # DeepSpeed chooses when it is first imported, which SwissArmyTransformer may do before us
         os.environ["DS_ACCELERATOR"] = "cpu"
     ranks = Ranks.connect(device)
@@ -133,7 +133,7 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _device(wish: str) -> torch.device:
+def own_device(wish: str) -> torch.device:
     if wish == "cpu" or (wish == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
