@@ -53,6 +53,17 @@ class Checkpoints:
                 damaged.append(f"{folder} is ignored: {fault}")
         return self.ranks.broadcast_object((found, damaged))
 
+    def refuse_if_none_is_whole(self) -> None:
+        """A run that has checkpoints is not begun anew over them: ValueError on every rank, naming each."""
+        newest, damaged = self.newest()
+        if newest is None and damaged:
+            told = "\n".join(f"  {sentence.replace(' is ignored', '')}" for sentence in damaged)
+            raise ValueError(
+                f"cannot resume: no checkpoint in {self.folder} is whole, and starting at step 0 would overwrite this "
+                f"run:\n{told}\nPut whole ones back, for instance from a copy, or say run.resume=never for a new run "
+                f"beside it.  Nothing was changed"
+            )
+
     def save(self, engine: Engine, step: int, state: Mapping[str, Any], config_yaml: str) -> Path:
         """Writes `step_<step>`; returns when it is on disk and all ranks know."""
         weights = self._collect(engine.full_weights())

@@ -51,6 +51,7 @@ def start(config: DictConfig) -> Run:
     ranks = Ranks.connect(device)
     _check_batch(config, ranks)
     run_dir = Path(ranks.broadcast_object(str(_run_dir(Path(config.run.dir), config.run.resume))))
+    Checkpoints(run_dir, ranks, keep=0).refuse_if_none_is_whole()
     if ranks.is_first:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")

@@ -82,6 +82,19 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path, Ranks.alone(), keep=1).newest() == (None, [])
 
 
+def test_none_whole_is_refused_and_names_them(tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, [9, 10, 100])
+    checkpoints.refuse_if_none_is_whole()
+    for step, how in [(9, "lost file"), (10, "cut file")]:
+        damage(tmp_path / f"checkpoints/step_{step}", how)
+    checkpoints.refuse_if_none_is_whole()  # the newest still is
+    damage(tmp_path / "checkpoints/step_100", "no marker")
+    expected = "step_100: it was not written.*step_10: weights.safetensors has .*step_9: state.json is missing"
+    with pytest.raises(ValueError, match=f"(?s){expected}.*run.resume=never"):
+        checkpoints.refuse_if_none_is_whole()
+    Checkpoints(tmp_path / "new", Ranks.alone(), keep=1).refuse_if_none_is_whole()
+
+
 def test_interrupted_save_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, [1])
 

@@ -153,6 +153,21 @@ def test_never_starts_afresh_beside_the_old_run_and_wandb_may_be_dead(
     assert metrics(run) == metrics(straight[0])
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_left_as_it_is(straight: dict[int, Path], tmp_path: Path) -> None:
+    run = cut_back(straight[0], tmp_path / "run")
+    weights = run / f"checkpoints/step_{SAVED}/weights.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    before = contents(run)
+    said = pretrain(run, "train.log_every=2", expect=1)
+    assert f"step_{STEPS}: it was not written to the end" in said and f"step_{SAVED}: weights.safetensors has" in said
+    assert "run.resume=never" in said and "Traceback" not in said
+    assert contents(run) == before, "metrics, config and what is left of the checkpoints"
+
+
 def test_changed_data_is_an_error_that_names_the_key(straight: dict[int, Path], tmp_path: Path) -> None:
     run = cut_back(straight[0], tmp_path / "run")
     said = pretrain(run, "data.source.scenes.num_scenes=90", expect=1)
