@@ -165,7 +165,9 @@ def compose(
     OmegaConf.set_struct(config, False)
     del config["hydra"]
     if base is not None:
-        config = OmegaConf.merge(base, config)
+        over = OmegaConf.merge(base, config)
+        assert isinstance(over, DictConfig)
+        config = over
     asked_for: set[str] = set()
     with suppress(OmegaConfBaseException):  # an interpolation that leads nowhere is told below
         asked_for = OmegaConf.missing_keys(config)  # the schema's defaults would fill these in silently
