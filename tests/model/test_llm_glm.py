@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -360,42 +358,3 @@ def test_what_is_trained_is_what_answers(family: str, folder: Path) -> None:
         torch.testing.assert_close(torch.stack(found)[: len(answer), row], expected, atol=1e-4, rtol=1e-4)
     said_BN = model.generate(chat, Decoding(max_new_tokens=4))
     assert torch.equal(said_BN[:, 0], found[0].argmax(dim=-1))
-
-
-# ---------------------------------------------------------------------------------------------------- foreign code
-
-WITHOUT = """
-import sys
-
-class Absent:
-    '''A machine where training's libraries are not installed.'''
-    def __init__(self, finder): self.finder = finder
-    def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in ('deepspeed', 'triton', 'sat', 'SwissArmyTransformer'): return None
-        return self.finder.find_spec(name, path, target)
-    def __getattr__(self, name): return getattr(self.finder, name)
-
-sys.meta_path[:] = [Absent(finder) for finder in sys.meta_path]
-import torch
-from data.batch import Dialogue, DialogueBatch, Turn
-from model.generation import Decoding, generate
-from model.visual_chat import VisualChatModel
-from model.weights import glm, stage_two
-from model.llm.chatglm3 import chatglm3
-llm = chatglm3(hidden_size=32, num_layers=1, num_heads=2, num_kv_heads=1, head_size=16, inner_size=32, vocab_size=600,
-               tokenizer=sys.argv[1], num_image_tokens=2)
-encoded = llm.codec.encode(Dialogue((Turn('图片', num_images=1),), 'zh'))
-ids = torch.tensor([encoded.ids])
-said = generate(llm, llm.embed(ids), ids, torch.ones_like(ids, dtype=torch.bool), Decoding(max_new_tokens=3))
-assert len(said[0]) > 0
-try:
-    import deepspeed
-except ModuleNotFoundError:
-    print('talked')
-"""
-
-
-def test_chat_needs_no_training_libraries(folder: Path) -> None:
-    command = [sys.executable, "-c", WITHOUT, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=CONFIGS.parents[2])
-    assert done.stdout.split() == ["talked"], done.stderr[-2000:]

@@ -221,6 +221,25 @@ def test_peft_loads_what_the_command_wrote(straight: tuple[Path, str]) -> None:
     assert json.loads((run / "adapter/queqiao.json").read_text())["base_model"] == str(run / "llm")
 
 
+def test_chat_rebuilds_what_was_trained(straight: tuple[Path, str]) -> None:
+    """The encoder's random weights too, which are in no file."""
+    from omegaconf import OmegaConf
+
+    from model.build import build
+    from model.load import load
+
+    run, _ = straight
+    model = load(run, device="cpu")
+    weights = load_file(run / f"checkpoints/step_{STEPS}/weights.safetensors")
+    own = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    assert all(torch.equal(own[name], expected) for name, expected in weights.items())
+    for expected in metrics(run, "eval")[-2:]:
+        node = OmegaConf.load(run / "config.yaml").train.evaluator[expected["evaluator"]]
+        evaluator = build(node, codec=model.llm.codec, name=expected["evaluator"])
+        found = evaluator(model, device=CPU, ranks=Ranks.alone()).metrics
+        assert found == {name: expected[name] for name in found} and len(found) > 2
+
+
 def test_the_same_command_resumes_to_the_same_bits(straight: tuple[Path, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(straight[0], run, symlinks=True)
