@@ -101,7 +101,6 @@ class TrainConfig:
         "auto: bf16 on a GPU, fp32 on a CPU; trainable weights are fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    compile: bool = key(False, "torch.compile for the networks' repeated blocks: faster on a GPU, minutes at the start")
     clip_grad_norm: float = key(1.0, "2-norm the whole gradient is clipped to; 0 does not clip", least=0)
     loss: Any = key(None, "the objectives", free="target")
     optim: OptimConfig = key(OptimConfig, "AdamW and its schedule")
