@@ -80,9 +80,11 @@ def _of_run(argv: Sequence[str]) -> dict[str, Any]:
     config = config_of_run(run) if said.get("run") else None
     if config is None:
         return NO_RUN
-    plain: Any = OmegaConf.to_container(config, resolve=True)
-    inherited = {"data": {key: plain["data"][key] for key in ("transform", "loader")}}
+    plain: Any = {"data": {}, "train": {}, **OmegaConf.to_container(config, resolve=True)}  # type: ignore[dict-item]
+    inherited = {
+        "data": {**NO_RUN["data"], **{key: plain["data"][key] for key in NO_RUN["data"] if key in plain["data"]}}
+    }
     if not {"train/evaluator", "experiment"} & said.keys():
-        nodes = {name: node for name, node in plain["train"]["evaluator"].items() if node is not None}
+        nodes = {name: node for name, node in plain["train"].get("evaluator", {}).items() if node is not None}
         inherited["train"] = {"evaluator": nodes}
     return inherited
