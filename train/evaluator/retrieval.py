@@ -55,6 +55,7 @@ class RetrievalEvaluator:
         keep_gib: memory of the host in which a rank keeps what the encoder made of its images until they are matched;
             the images that are left over go through the encoder twice.
         examples: images in the picture.
+        note: printed under every result, for numbers that could be taken for more than they are.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class RetrievalEvaluator:
         batch_size: int = 64,
         keep_gib: float = 8.0,
         examples: int = 6,
+        note: str | None = None,
     ) -> None:
         if rerank < 0 or batch_size < 1 or min(recall) < 1 or not set(directions) <= set(DIRECTIONS) or not directions:
             raise ValueError(
@@ -84,6 +86,7 @@ class RetrievalEvaluator:
         self.name, self.source, self.transform, self.codec = name, source, transform, codec
         self.recall, self.rerank, self.directions = tuple(recall), rerank, tuple(directions)
         self.same_text_is_right, self.batch_size, self.examples = same_text_is_right, batch_size, examples
+        self.note = note
         self.keep_bytes = int(keep_gib * 2**30)
         self.languages = tuple(languages) if languages else source.languages
         self._reading: dict[str, Any] = {
@@ -110,7 +113,7 @@ class RetrievalEvaluator:
             picture = self._picture(pool, rows, ranks)
             if picture is not None:
                 pictures[language] = picture
-        return Evaluation(metrics, pictures, tuple(lines))
+        return Evaluation(metrics, pictures, (*lines, f"    ({self.note})") if self.note else tuple(lines))
 
     def pool(self, language: str, ranks: Ranks) -> Pool:
         """Read at the first call, by all ranks together."""
