@@ -1,0 +1,217 @@
+"""evaluate.py: a run of either stage, alone and on two ranks, begun and gone on with, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from model.load_image_text import assemble_image_text
+from model.tokenizer import CaptionTokenizer
+from model.weights import ours
+from tests.conftest import ROOT
+from tests.data.shard_files import jpeg
+from tests.model.llm_common import train_pieces
+from tests.ranks import run_ranks
+from tests.tiny_run import chatglm_nodes, write_run
+from tests.train.tiny_evaluation import train_tokenizer
+from train.config import compose
+from train.config_evaluate import evaluate_config
+from train.evaluation import CONFIG, METRICS, PREDICTIONS, evaluate
+
+SMALL = [
+    "experiment=smoke", "train/evaluator=scenes", "train.evaluator.retrieval.source.num_scenes=7",
+    "train.evaluator.retrieval.rerank=3", "train.evaluator.caption.examples=2", "train.evaluator.retrieval.examples=2",
+    "data.loader.max_text_tokens=12", "model.vision.num_layers=1", "model.vision.frozen=true",
+]  # fmt: skip
+
+
+def write_checkpoint(run: Path, step: int, model: torch.nn.Module) -> None:
+    torch.manual_seed(step)
+    learnt = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for parameter in learnt.values():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    folder = run / f"checkpoints/step_{step}"
+    folder.mkdir(parents=True)
+    save_file({f"model.{name}": tensor.detach() for name, tensor in learnt.items()}, folder / "weights.safetensors")
+    state = {"step": step, "frozen": ours.frozen_fingerprint(model, "model")}
+    (folder / "state.json").write_text(json.dumps(state))
+
+
+@pytest.fixture(scope="module")
+def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As pretrain leaves it: a tokenizer of its own, an encoder whose frozen weights were drawn, two checkpoints."""
+    run = tmp_path_factory.mktemp("runs") / "one"
+    config = compose("pretrain", [*SMALL, f"run.dir={run}"])
+    codec = CaptionTokenizer(str(train_tokenizer(run / "tokenizer")))
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    torch.manual_seed(config.run.seed)
+    model, _ = assemble_image_text(OmegaConf.to_container(config.model, resolve=True), codec)  # type: ignore[arg-type]
+    for step in (1, 2):
+        write_checkpoint(run, step, model)
+    (run / "checkpoints/latest").symlink_to("step_2")
+    (run / "checkpoints/best").symlink_to("step_1")
+    return run
+
+
+@pytest.fixture
+def run(stage_one: Path, tmp_path: Path) -> Path:
+    """A copy, in another place than where it was trained."""
+    return shutil.copytree(stage_one, tmp_path / "moved", symlinks=True)
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> list[str]:
+    """The command line for questions with several answers each, to a run of finetune.py around a tiny ChatGLM."""
+    run = tmp_path / "two"
+    write_run(run, chatglm_nodes(train_pieces(tmp_path / "ice_text.model"), tmp_path / "base"))
+    questions = [{"question_id": n, "image_id": n, "question": "What is in the picture?"} for n in range(3)]
+    said = [{"question_id": n, "answers": [{"answer": word} for word in ("yes", "blue", "blue")]} for n in range(3)]
+    (tmp_path / "questions.json").write_text(json.dumps({"questions": questions}))
+    (tmp_path / "answers.json").write_text(json.dumps({"annotations": said}))
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+    return [
+        f"run={run}", "train/evaluator=vqa_v2", "data.transform.image_size=28", "train.evaluator.vqa.batch_size=2",
+        f"train.evaluator.vqa.source.path={tmp_path}/questions.json", "train.evaluator.vqa.max_new_tokens=6",
+        f"train.evaluator.vqa.source.annotations={tmp_path}/answers.json",
+        f"train.evaluator.vqa.source.image_root={tmp_path}", "train.evaluator.vqa.source.image_file='{:d}.jpg'",
+    ]  # fmt: skip
+
+
+def evaluated(*argv: str) -> tuple[dict[str, Any], bytes]:
+    """What stands in metrics.json, and all of predictions.jsonl."""
+    folder = evaluate(evaluate_config(list(argv)))
+    return json.loads((folder / METRICS).read_text("utf-8")), (folder / PREDICTIONS).read_bytes()
+
+
+def both(*several: list[str]) -> list[tuple[dict[str, Any], bytes]]:
+    return [evaluated(*argv) for argv in several]
+
+
+def test_two_ranks_write_what_one_writes(run: Path, asked: list[str]) -> None:
+    """Retrieval and captions of stage one, answers of stage two."""
+    one, two = both([f"run={run}"], asked)
+    found, predictions = one
+    assert found["checkpoint"] == "step_2" and found["metrics"]["retrieval/zh/num_images"] == 7
+    assert found["metrics"].keys() >= {"retrieval/en/itm/mean", "caption/zh/jieba/cider", "caption/en/13a/bleu_4"}
+    # 7 rows each way, for both languages, and 7 captions in each
+    assert len(predictions.splitlines()) == 2 * (2 * 7 + 7)
+    assert (run / "eval/step_2/retrieval_zh.png").is_file() and (run / "eval/step_2/caption_en.png").is_file()
+    found, predictions = two
+    assert found["metrics"]["vqa/en/open/num_questions"] == 3 and "vqa/en/vqa_accuracy" in found["metrics"]
+    rows = [json.loads(line) for line in predictions.splitlines()]
+    assert [row["question"] for row in rows] == ["What is in the picture? Answer in a word or two."] * 3
+    for on_rank in run_ranks(2, both, [f"run={run}", "name=two"], [*asked, "name=two"]):
+        for (expected, expected_lines), (found, lines) in zip((one, two), on_rank, strict=True):
+            assert (found["ranks"], found["metrics"]) == (2, expected["metrics"])
+            assert lines == expected_lines
+
+
+def test_a_restart_keeps_what_is_there(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, predictions = evaluated(f"run={run}")
+    file = run / "eval/step_2" / PREDICTIONS
+    # as a kill leaves it: some captions and one direction of one language are missing, a line is cut
+    kept = [line for line in predictions.splitlines() if b'"en/text_to_image"' not in line]
+    file.write_bytes(b"\n".join(kept[5:])[:-10])
+    monkeypatch.setattr("train.evaluator.caption.before_end", lambda ids, eos_id: list(ids)[:1])
+    metrics, again = evaluated(f"run={run}")
+    old, new = predictions.splitlines(), again.splitlines()
+    assert len(new) == len(old)
+    changed = [json.loads(line) for line in set(new) - set(old)]
+    assert {(row["evaluator"], row["part"]) for row in changed} == {("caption", "en")}, (
+        "what was there was not made again"
+    )
+    assert [row["index"] for row in sorted(changed, key=lambda row: row["index"])] == [0, 1, 2, 3, 4]
+    changed_names = {name for name, value in metrics["metrics"].items() if value != expected["metrics"][name]}
+    assert changed_names and all(name.startswith("caption/en/") for name in changed_names)
+
+
+def test_results_of_another_evaluation_are_not_mixed_up(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    evaluated(f"run={run}", "train.evaluator.caption=null")
+    with pytest.raises(ValueError, match=r"predictions of another evaluation \(.*rerank: 3 -> 2.*name=.*resume=never"):
+        evaluated(f"run={run}", "train.evaluator.caption=null", "train.evaluator.retrieval.rerank=2")
+    other = ["train.evaluator.caption=null", "train.evaluator.retrieval.rerank=2"]
+    metrics, _ = evaluated(f"run={run}", *other, "name=other")
+    assert (run / "eval/other" / CONFIG).is_file() and not any(
+        name.startswith("caption") for name in metrics["metrics"]
+    )
+    again, _ = evaluated(f"run={run}", *other, "resume=never", f"dir={run}/eval/step_2")
+    assert again["metrics"] == metrics["metrics"]
+    assert "R@1" in capsys.readouterr().out
+
+
+def test_checkpoints_by_name(run: Path) -> None:
+    short = [f"run={run}", "train.evaluator.caption=null"]
+    best, _ = evaluated(*short, "checkpoint=best")
+    one, _ = evaluated(*short, "checkpoint=step_1", "name=again")
+    two, _ = evaluated(*short, "checkpoint=step_2")
+    assert best["checkpoint"] == one["checkpoint"] == "step_1" and best["metrics"] == one["metrics"]
+    assert best["weights"] != two["weights"] and best["metrics"] != two["metrics"]
+    beginning, _ = evaluated(*short, "checkpoint=none")
+    assert beginning["checkpoint"] == "as_loaded"
+    with pytest.raises(ValueError, match="has no checkpoint step_7; it has best, latest, step_1, step_2"):
+        evaluated(*short, "checkpoint=step_7")
+
+
+def test_other_frozen_weights_are_refused(run: Path) -> None:
+    config = OmegaConf.load(run / "config.yaml")
+    config.run.seed = 5
+    OmegaConf.save(config, run / "config.yaml")
+    with pytest.raises(ValueError, match="the frozen weights are not those"):
+        evaluated(f"run={run}")
+
+
+def test_other_evaluators_take_their_sizes_from_the_run(run: Path, tmp_path: Path) -> None:
+    rows = [{"image": f"{n}.jpg", "zh": [f"第{n}张图", "图"], "en": f"picture {n}"} for n in range(3)]
+    for number in range(3):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+    (tmp_path / "test.jsonl").write_text("\n".join(json.dumps(row) for row in rows), "utf-8")
+    path = f"train.evaluator.retrieval.source.path={tmp_path}/test.jsonl"
+    config = evaluate_config([f"run={run}", "train/evaluator=jsonl_pairs", path])
+    assert config.train.evaluator.retrieval.transform.image_size == 64
+    metrics, _ = evaluated(f"run={run}", "train/evaluator=jsonl_pairs", path, "name=mine")
+    assert metrics["metrics"]["retrieval/zh/num_texts"] == 6 and metrics["metrics"]["caption/en/num_images"] == 3
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["run={run}", "checkpont=best"],
+            "unknown key checkpont (on the command line: checkpont=best): did you mean checkpoint",
+        ),
+        (["run={run}", "train.evaluator.retrieval.rerankk=4"], "did you mean train.evaluator.retrieval.rerank?"),
+        (["run={run}", "precision=int3"], "one of auto, fp32, bf16, fp16"),
+        (["run={run}", "train/evaluator=coco_cn"], "not set: train.evaluator.retrieval.source.image_root"),
+    ],
+)
+def test_a_mistyped_config_says_so(
+    run: Path, argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        evaluate_config([argument.format(run=run) for argument in argv])
+    assert message in capsys.readouterr().err
+
+
+def test_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such folder; say run=outputs/NAME"):
+        evaluated(f"run={tmp_path}/nothing", "device=cpu")
+
+
+def test_the_command(stage_one: Path) -> None:
+    command = [sys.executable, "evaluate.py", f"run={stage_one}", "name=command", "train.evaluator.caption=null"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "ITM text to image: R@1" in done.stdout and "numbers in" in done.stdout
+    assert (stage_one / "eval/command" / METRICS).is_file()
+    wrong = subprocess.run([*command, "checkpoint=step_9"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert wrong.returncode == 1 and "error: " in wrong.stderr and "Traceback" not in wrong.stderr
