@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
+from tests.train.wandb_files import offline_runs
 
 TIMEOUT = 150
 STEPS, SAVED = 4, 2
@@ -76,13 +77,18 @@ def cut_back(run_dir: Path, to: Path) -> Path:
     return to
 
 
+def typed(zero_stage: int) -> list[str]:
+    """The command of each shared run; one of them has wandb's own package along, offline."""
+    return [f"train/engine=zero{zero_stage}", *(["run.wandb.mode=offline"] if zero_stage == 1 else [])]
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """One uninterrupted run for each ZeRO stage, two at a time."""
     folder = tmp_path_factory.mktemp("straight")
     runs = {zero_stage: folder / f"zero{zero_stage}" for zero_stage in range(4)}
     with ThreadPoolExecutor(2) as pool:
-        said = pool.map(lambda zero_stage: pretrain(runs[zero_stage], f"train/engine=zero{zero_stage}"), runs)
+        said = pool.map(lambda zero_stage: pretrain(runs[zero_stage], *typed(zero_stage)), runs)
         for run, text in zip(runs.values(), said, strict=True):
             run.with_suffix(".txt").write_text(text)
     return runs
@@ -91,7 +97,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 @pytest.mark.parametrize("zero_stage", range(4))
 def test_same_command_resumes_to_the_same_bits(straight: dict[int, Path], tmp_path: Path, zero_stage: int) -> None:
     run = cut_back(straight[zero_stage], tmp_path / "run")
-    said = pretrain(run, f"train/engine=zero{zero_stage}")
+    said = pretrain(run, *typed(zero_stage))
     assert f"resuming after step {SAVED}" in said
     assert "step_4 is ignored: it was not written to the end" in said
     expected = metrics(straight[zero_stage])
@@ -100,6 +106,18 @@ def test_same_command_resumes_to_the_same_bits(straight: dict[int, Path], tmp_pa
     for file in ("weights.safetensors", "optimizer.safetensors", "random.safetensors"):
         path = f"checkpoints/step_{STEPS}/{file}"
         assert (run / path).read_bytes() == (straight[zero_stage] / path).read_bytes(), file
+    if zero_stage == 1:
+        assert_wandb_goes_on(run)
+
+
+def assert_wandb_goes_on(run: Path) -> None:
+    """The resumed run is the same run of wandb, and counts the same steps with the same values."""
+    (first_id, first), (second_id, second) = offline_runs(run)
+    assert first_id == second_id == (run / "wandb/run_id.txt").read_text()
+    assert [row["_step"] for row in first] == [1, 2, 3, 4] and [row["_step"] for row in second] == [3, 4]
+    expected = {line["step"]: line["loss"] for line in metrics(run)}
+    assert {row["_step"]: row["train/loss"] for row in [*first, *second]} == expected
+    assert all(again["train/loss"] == row["train/loss"] for again, row in zip(second, first[2:], strict=True))
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from tests.train.wandb_files import offline_runs
 from train.tracking import MetricsFile, Tracker, WandbWriter, peak_tflops
 
 
@@ -94,8 +95,8 @@ def test_wandb_offline_keeps_one_id_for_a_run_directory(tmp_path: Path) -> None:
         wandb_writer.close()
         assert wandb_writer.problem is None
     expected = (tmp_path / "wandb/run_id.txt").read_text()
-    runs = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert runs and all(run.name.endswith(expected) for run in runs)
+    found = [(run_id, [row["_step"] for row in rows]) for run_id, rows in offline_runs(tmp_path)]
+    assert found == [(expected, [1]), (expected, [2])]
     assert list((tmp_path / "wandb").rglob("*.png")), "the picture was not logged"
 
 
