@@ -63,10 +63,15 @@ class Places:
         for at in range(len(package), len(path)):
             # A group's file may have been put deeper (`data/source@data.source.photos`), never higher.
             if path[: len(package)] == package:
-                line = _line_of(yaml.compose(text), path[at:])
+                line = _line_of(_composed(text), path[at:])
                 if line is not None:
                     return line
         return None
+
+
+@cache
+def _composed(text: str) -> Any:
+    return yaml.compose(text)
 
 
 def _line_of(node: Any, path: Path_) -> int | None:
@@ -141,8 +146,8 @@ class _Checker:
     def target(self, node: Mapping[str, Any], path: Path_) -> Iterator[str]:
         """A node's keys against the signature of what it builds."""
         name = node["_target_"]
-        where = self.places.of((*path, "_target_"))
         if not isinstance(name, str) or name.partition(".")[0] not in PACKAGES:
+            where = self.places.of((*path, "_target_"))
             yield f"{'.'.join(path)}._target_={name}: may only point into {', '.join(PACKAGES)} ({where})"
             return
         if not self.imports:
@@ -151,7 +156,7 @@ class _Checker:
             found = find(name)
             parameters = inspect.signature(found).parameters
         except (ImportError, AttributeError) as error:
-            yield f"{'.'.join(path)}._target_={name}: {error} ({where})"
+            yield f"{'.'.join(path)}._target_={name}: {error} ({self.places.of((*path, '_target_'))})"
             return
         if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
             for key in node:
