@@ -7,6 +7,7 @@ checkpoints/step_<n>/weights.safetensors      trainable weights by parameter nam
                      config.yaml              the resolved config
                      complete                 written last: file sizes, so that a cut file is noticed too
 checkpoints/latest -> step_<n>
+checkpoints/best -> step_<n>, by train.best_metric, kept however old it is
 """
 
 from __future__ import annotations
@@ -98,10 +99,23 @@ class Checkpoints:
             _sync(writing)
             shutil.rmtree(folder, ignore_errors=True)
             writing.rename(folder)
-            self._point_latest(folder)
+            self._point("latest", folder)
+            if (state.get("best") or {}).get("step") == step:
+                self._point("best", folder)
             self._rotate(folder)
         self.ranks.barrier()
         return folder
+
+    def best_of(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """What a checkpoint says of the best so far, where that one is whole; `best` leads to it again."""
+        best = state.get("best")
+        folder = self.folder / f"step_{best['step']}" if best else None
+        is_whole = self.ranks.broadcast_object(folder is not None and self.ranks.is_first and _fault(folder) is None)
+        if not is_whole or folder is None:
+            return None
+        if self.ranks.is_first:
+            self._point("best", folder)
+        return best
 
     def _collect(self, items: Any) -> dict[str, Tensor]:
         """Gathering is collective, so every rank walks through all; only rank 0 keeps them."""
@@ -111,19 +125,20 @@ class Checkpoints:
                 kept[name] = tensor.contiguous()
         return kept
 
-    def _point_latest(self, folder: Path) -> None:
-        link = self.folder / ".latest.new"
+    def _point(self, name: str, folder: Path) -> None:
+        link = self.folder / f".{name}.new"
         link.unlink(missing_ok=True)
         link.symlink_to(folder.name)
-        os.replace(link, self.folder / "latest")
+        os.replace(link, self.folder / name)
         _sync(self.folder)
 
     def _rotate(self, newest: Path) -> None:
-        """Deletes all but the newest `keep` complete checkpoints, and never the one just written."""
+        """Deletes all but the newest `keep` complete checkpoints, and never the one just written nor the best."""
+        best = (self.folder / "best").resolve().name
         complete = [f for f in sorted(self.folder.glob("step_*"), key=_step_of, reverse=True) if _fault(f) is None]
         if self.keep:
             for folder in complete[self.keep :]:
-                if folder != newest:
+                if folder != newest and folder.name != best:
                     doomed = self.folder / f".{folder.name}.deleting"
                     folder.rename(doomed)  # so that a half-deleted one is never taken for a checkpoint
                     shutil.rmtree(doomed, ignore_errors=True)

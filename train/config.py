@@ -87,6 +87,12 @@ class EngineConfig:
 
 
 @dataclass
+class BestMetricConfig:
+    name: str = key("", "EVALUATOR/NAME, as retrieval/zh/itm/mean; empty: none is chosen")
+    mode: str = key("max", "whether the largest or the smallest is best", choices=("max", "min"))
+
+
+@dataclass
 class TrainConfig:
     steps: int = key(250000, "optimizer steps", least=1)
     global_batch_size: int = key(1680, "samples of one step over all ranks and micro-steps", least=1)
@@ -95,6 +101,7 @@ class TrainConfig:
     save_every: int = key(5000, "steps between checkpoints; one is always saved at the end", least=1)
     eval_every: int = key(5000, "steps between evaluations; 0 evaluates never, otherwise at the end too", least=0)
     eval_first: bool = key(False, "evaluate before the first step too: a table of before and after stands at the end")
+    best_metric: BestMetricConfig = key(BestMetricConfig, "which checkpoint is the best: checkpoints/best, always kept")
     keep_checkpoints: int = key(3, "newest complete checkpoints that are kept; 0 keeps all", least=0)
     precision: str = key(
         "auto",

@@ -15,6 +15,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from train.best import BestMetric
 from train.checkpoint import (
     Checkpoints,
     check_same,
@@ -113,6 +114,7 @@ def train(
         save_every=config.train.save_every,
         eval_every=config.train.eval_every if evaluators else 0,
         eval_first=config.train.eval_first,
+        best=_best(config, evaluators, checkpoints.best_of(state)),
         flops_per_sample=flops_per_sample,
     )
     try:
@@ -244,6 +246,11 @@ def flat_rates(node: Mapping[str, Any], before: str = "") -> dict[str, float]:
             else {before + name: float(value)}
         )
     return found
+
+
+def _best(config: DictConfig, evaluators: Sequence[Any], before: Mapping[str, Any] | None) -> BestMetric | None:
+    wish = config.train.best_metric
+    return BestMetric(wish.name, wish.mode, [it.name for it in evaluators], before) if wish.name else None
 
 
 def _schedule(config: DictConfig) -> Any:

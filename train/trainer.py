@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch, StepBatches
+from train.best import BestMetric
 from train.checkpoint import Checkpoints, random_state, set_random_state
 from train.distributed import Ranks
 from train.engine import Engine
@@ -54,6 +55,7 @@ class Trainer:
         save_every: int,
         eval_every: int,
         eval_first: bool = False,
+        best: BestMetric | None = None,
         flops_per_sample: Callable[[Any], float] | None = None,
     ) -> None:
         self.engine, self.loader, self.ranks, self.tracker = engine, loader, ranks, tracker
@@ -61,7 +63,7 @@ class Trainer:
         self.checkpoint_state, self.config_yaml = dict(checkpoint_state), config_yaml
         self.steps, self.global_batch_size = steps, global_batch_size
         self.log_every, self.save_every, self.eval_every = log_every, save_every, eval_every
-        self.eval_first = eval_first
+        self.eval_first, self.best = eval_first, best
         self.device, self.flops_per_sample = engine.device, flops_per_sample
         self._finite = torch.ones((), device=self.device, dtype=torch.bool)
         self._skips = 0
@@ -94,9 +96,10 @@ class Trainer:
                 last = stopping or done == self.steps
                 if done % self.log_every == 0 or last:
                     self._log(done, losses, reports, micro_batches[-1])
+                is_best = False
                 if self.eval_every and (done % self.eval_every == 0 or done == self.steps):
-                    self._evaluate(done)
-                if done % self.save_every == 0 or last:
+                    is_best = self._is_best(done, self._evaluate(done))
+                if done % self.save_every == 0 or last or is_best:
                     self._save(done)
                 if stopping and done < self.steps:
                     self.tracker.event(done, "stopped", signal=stop.name)
@@ -193,21 +196,41 @@ class Trainer:
     def _restart_clock(self, step: int) -> None:
         self._clock, self._clock_step, self._waited = time.monotonic(), step, 0.0
 
-    def _evaluate(self, step: int) -> None:
-        """All ranks together; the random states come out as they went in, so that evaluating changes no training."""
+    def _is_best(self, step: int, metrics: Mapping[str, float]) -> bool:
+        """The first rank decides.  A number that nobody measured ends the run, after what was trained is saved."""
+        if self.best is None:
+            return False
+        missing = self.best.why_missing(metrics)
+        if missing:
+            self._save(step)
+            raise ValueError(f"{missing}.  What was trained is saved")
+        is_best = self.ranks.broadcast_object(self.best.sees(step, metrics))
+        if is_best:
+            self.tracker.event(step, "best", **{self.best.name: metrics[self.best.name]})
+        return is_best
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        """All ranks together; the random states come out as they went in, so that evaluating changes no training.
+
+        -> EVALUATOR/NAME: value
+        """
         before = random_state()
+        measured: dict[str, float] = {}
         with self.engine.evaluating():
             for evaluator in self.evaluators:
                 found = evaluator(self.engine.module.model, device=self.device, ranks=self.ranks)
                 self.tracker.eval(step, evaluator.name, found.metrics, found.pictures, found.lines)
+                measured |= {f"{evaluator.name}/{name}": value for name, value in found.metrics.items()}
         set_random_state(*before)
         self.engine.module.train()
         self._restart_clock(step)
+        return measured
 
     def _save(self, step: int) -> None:
         if not bool(self._finite):
             raise ValueError(f"a loss was not finite before step {step}: this checkpoint would be worthless, not saved")
         state = {**self.checkpoint_state, "data": {"next_step": step, "fingerprint": self.loader.fingerprint()}}
+        state["best"] = None if self.best is None else self.best.state
         folder = self.checkpoints.save(self.engine, step, state, self.config_yaml)
         self.tracker.event(step, "saved", checkpoint=folder.name)
         self._restart_clock(step)
