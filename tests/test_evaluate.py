@@ -213,5 +213,14 @@ def test_the_command(stage_one: Path) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     assert "ITM text to image: R@1" in done.stdout and "numbers in" in done.stdout
     assert (stage_one / "eval/command" / METRICS).is_file()
-    wrong = subprocess.run([*command, "checkpoint=step_9"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert wrong.returncode == 1 and "error: " in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_what_goes_wrong_is_a_sentence(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import evaluate as entry
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", f"run={run}", "checkpoint=step_9"])
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 1 and "error: " in (said := capsys.readouterr().err) and "Traceback" not in said
