@@ -226,22 +226,24 @@ def draw_report(
     """Loss curves above; below them unseen scenes, what was retrieved and what was generated for them."""
     from PIL import Image
 
-    from train.evaluator import evaluating
     from train.evaluator.picture import spread, text_beside_images
+    from train.evaluator.predictions import Predictions
 
     retrieval, caption = evaluators["retrieval"], evaluators["caption"]
-    device = next(model.parameters()).device
-    lines: dict[int, list[tuple[str, bool | None]]] = {i: [] for i in spread(retrieval.pools["zh"].num_images, number)}
-    for language in NAMES:
-        pool = retrieval.pools[language]
-        with evaluating(model):
-            best_I = dict(retrieval.scores(model, pool, device, ranks))["itm"][0].argmax(dim=1).tolist()
-            said = caption.captions(model, caption.pools[language], device, ranks)
-        right_IT = pool.is_right()
+    predictions = Predictions(ranks)
+    for evaluator in (retrieval, caption):
+        evaluator(model, device=next(model.parameters()).device, ranks=ranks, predictions=predictions)
+    pools = {language: retrieval.pool(language, ranks) for language in NAMES}
+    lines: dict[int, list[tuple[str, bool | None]]] = {i: [] for i in spread(pools["zh"].num_images, number)}
+    for language, pool in pools.items():
+        right = retrieval.right(pool)["image_to_text"]
+        found = predictions.known(retrieval.name, f"{language}/image_to_text")
+        captions = predictions.known(caption.name, language)
         for i, shown in lines.items():
-            shown.append((f"retrieved:  {pool.captions[best_I[i]]}", bool(right_IT[i, best_I[i]])))
-            shown.append((f"generated:  {said[i]}", caption.judge(said[i], pool.samples[i], language)))
-    images = retrieval.pools["zh"].image_ICHW
+            best, said = found[i]["best_index"][0], captions[i]["caption"]
+            shown.append((f"retrieved:  {pool.captions[best]}", best in right[i]))
+            shown.append((f"generated:  {said}", caption.judge(said, pool.samples[i], language)))
+    images = pools["zh"].pictures(list(lines), ranks)
     examples = text_beside_images([(images[i], shown) for i, shown in lines.items()], columns=1)
     width = max(examples.width, curves.width)
     canvas = Image.new("RGB", (width, curves.height + examples.height), "white")

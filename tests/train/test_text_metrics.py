@@ -21,6 +21,7 @@ def score(metric: str, answers: list[str], references: list[list[str]], language
         ("char", "Lungs: clear, 左肺ＣＴ正常，３.5厘米！", "lungs clear 左 肺 ct 正 常 3.5 厘 米"),
         ("jieba", "左边是一个红色的大圆形。", "左边 是 一个 红色 的 大 圆形"),
         ("13a", "A \"man's\" dog (running); 3.5 cm -- isn't it?", "a man's dog running 3.5 cm isn't it"),
+        ("13a", "A woman’s “acceptable” boot", "a woman's acceptable boot"),
         ("intl", "L'été, déjà!", "l été déjà"),
     ],
 )
