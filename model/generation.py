@@ -223,10 +223,8 @@ class Chooser:
         return logits_BV
 
     def saw(self, next_B: Tensor) -> None:
-        if not self.penalises:
-            return
-        self.seen_BV.scatter_(1, next_B[:, None], True)
-        self.seen_BV[:, self.stop] = False
+        if self.penalises:
+            self.seen_BV.scatter_(1, next_B[:, None], True)
 
     def _drawn(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
         warm_B = torch.where(self.temperature_B > 0, self.temperature_B, 1.0)

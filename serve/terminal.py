@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -155,7 +155,7 @@ class Terminal:
 
 
 @contextmanager
-def interrupted() -> Iterator[object]:
+def interrupted() -> Iterator[Callable[[], bool]]:
     """Inside, Ctrl-C only sets a flag, which is asked after every token: nothing is torn in the middle of a step."""
     pressed: list[int] = []
 

@@ -200,6 +200,9 @@ class Scripted(LanguageModel):
     def embed(self, ids_BL: Tensor) -> Tensor:
         return ids_BL[..., None].float()
 
+    def hidden(self, embedded_BLD: Tensor, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
+        return embedded_BLD
+
     def logits(self, hidden_TD: Tensor) -> Tensor:
         return self.table_VV[hidden_TD[:, 0].long()]
 
@@ -237,11 +240,13 @@ def test_an_answer_ends_at_its_stop_id_or_its_own_limit_and_padding_follows() ->
 def test_limits_are_of_the_answer_whatever_the_prompts_length() -> None:
     """VisualGLM's `max_length` and `min_length` count prompt and image tokens: a long prompt ends in an IndexError
     (`chat.py:135`), and how long an answer is forced depends on the prompt (Hugging Face `chat`, min_length=100)."""
-    llm = Scripted(chain((5, 1), (1, 7), (0, 0), (2, 1)))
+    llm = Scripted(chain((5, 1), (0, 1)))  # wants to end at once, and says 0 where it may not
     ids_BL = torch.tensor([[5, 5, 5, 5, 5, 5, 5], [5, 0, 0, 0, 0, 0, 0]])
     mask_BL = torch.tensor([[True] * 7, [True] + [False] * 6])
-    found = generate(llm, llm.embed(ids_BL), ids_BL, mask_BL, Decoding(3, min_new_tokens=2))
-    assert [len(until(row, (1,))) for row in found.tolist()] == [3, 3]
+    how = [Decoding(4, min_new_tokens=2), Decoding(4, min_new_tokens=3)]
+    found = generate(llm, llm.embed(ids_BL), ids_BL, mask_BL, how)
+    assert found.tolist() == [[0, 0, 1, 0], [0, 0, 0, 1]]
+    found = generate(llm, llm.embed(ids_BL), ids_BL, mask_BL, Decoding(3, min_new_tokens=2, num_beams=2))
     assert 1 not in found[:, :2]
 
 
@@ -338,6 +343,21 @@ def test_beams_equal_a_plain_search_row_by_row(
     expected = [plain_beams(llm, ids_BL[row][mask_BL[row]].tolist(), how) for row in range(len(ids_BL))]
     assert say(llm, ids_BL, mask_BL, how) == expected
     assert expected != say(llm, ids_BL, mask_BL, Decoding(5)), "greedy ought to find other answers"
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 1.0, 2.0])
+def test_beams_stop_when_nothing_better_can_come(length_penalty: float) -> None:
+    """Answers of many lengths, some rows done long before others."""
+    ids_BL = torch.tensor([[2], [3], [4], [5]])
+    lengths = set()
+    for seed in range(12):
+        torch.manual_seed(seed)
+        llm = Scripted(1.5 * torch.randn(6, 6))
+        how = Decoding(6, num_beams=2 + seed % 2, length_penalty=length_penalty)
+        expected = [plain_beams(llm, row, how) for row in ids_BL.tolist()]
+        assert say(llm, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool), how) == expected
+        lengths |= {len(answer) for answer in expected}
+    assert len(lengths) > 3
 
 
 def test_beams_equal_transformers(models: dict[str, LanguageModel]) -> None:
