@@ -27,8 +27,10 @@ _TURN = {
 }
 
 
-def open_image(image: bytes | Image.Image | np.ndarray, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Opens a picture and looks at its header only; nothing is decompressed yet.
+def open_image(
+    image: bytes | Image.Image | np.ndarray, *, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+) -> Image.Image:
+    """Opens a picture, of bytes one in these formats, and looks at its header only; nothing is decompressed yet.
 
     Raises BadSample "truncated image", "unreadable image" or "too many pixels".
     """
@@ -39,11 +41,11 @@ def open_image(image: bytes | Image.Image | np.ndarray, *, max_pixels: int = MAX
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of large pictures, which we refuse, and of broken EXIF
-                image = Image.open(io.BytesIO(raw), formats=FORMATS)
+                image = Image.open(io.BytesIO(raw), formats=formats)
         except Image.DecompressionBombError as error:
             raise BadSample("too many pixels", detail=str(error)) from error
         except UnidentifiedImageError as error:
-            raise BadSample(_why_unreadable(raw), detail=f"none of {', '.join(FORMATS)}") from error
+            raise BadSample(_why_unreadable(raw), detail=f"none of {', '.join(formats)}") from error
         except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, KeyError ... on damaged headers
             raise BadSample(_why_unreadable(raw), detail=f"{type(error).__name__}: {error}") from error
     if image.width * image.height > max_pixels:
