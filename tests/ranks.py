@@ -26,10 +26,8 @@ def run_ranks(count: int, work: Callable[..., Any], *args: Any, timeout: float =
     `timeout` seconds fails the test; the stacks of ranks that hang are printed.
     """
     context = mp.get_context("spawn")
-    with TemporaryDirectory(prefix="queqiao-ranks-") as folder, socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        probe.close()
+    with TemporaryDirectory(prefix="queqiao-ranks-") as folder:
+        port = free_port()
         processes = [
             context.Process(target=_rank_main, args=(rank, count, port, folder, timeout, work, args), daemon=False)
             for rank in range(count)
@@ -43,6 +41,13 @@ def run_ranks(count: int, work: Callable[..., Any], *args: Any, timeout: float =
                 process.kill()
                 process.join()
         return [pickle.loads(Path(folder, f"result-{rank}").read_bytes()) for rank in range(count)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def _rank_main(

@@ -1,7 +1,8 @@
-"""Started by a launcher: each process joins the others and leaves a file that names it."""
+"""Started by a launcher: each process joins the others and leaves a file that names it and holds its arguments."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -15,7 +16,7 @@ def main() -> None:
     assert not any(argument.startswith("--local_rank") for argument in sys.argv)
     ranks = Ranks.connect(torch.device("cpu"))
     assert ranks.sum_ints([1]) == [ranks.count]
-    Path(sys.argv[1], f"rank{ranks.rank}of{ranks.count}").touch()
+    Path(sys.argv[1], f"rank{ranks.rank}of{ranks.count}").write_text(json.dumps(sys.argv[2:]))
     close_process_group()
 
 
