@@ -18,6 +18,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="a run of finetune.py, VisualGLM-6B, or a merged folder",
     )
+    group.add_argument("--checkpoint", default="newest", help="of a run: newest, best, or a name like step_300")
     group.add_argument("--adapter", type=Path, metavar="DIR", help="adapter/ of a run, or what peft saved")
     group.add_argument("--quantize", choices=["4", "8", "none"], default="none", help="bits of the language model")
     group.add_argument("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
@@ -51,6 +52,7 @@ def session_from(options: argparse.Namespace) -> Session:
         dtype=options.dtype,
         tokenizer=options.tokenizer,
         qkv_order=options.qkv_order,
+        checkpoint=options.checkpoint,
         max_tokens=options.max_tokens,
     )
 
