@@ -237,40 +237,16 @@ def vision_from_folder(
     Raises:
         ValueError: no such folder, no vision encoder in it, missing weights, or a size the network cannot read.
     """
-    import transformers
-
     path = Path(folder).expanduser()
-    if not (path / "config.json").is_file():
-        raise ValueError(
-            f"{path} holds no config.json. model.vision.folder is a local folder in transformers' format; "
-            f"`python scripts/fetch_weights.py --help` gets one"
-        )
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    config = getattr(config, "vision_config", config)
-    if config.model_type.startswith("blip_2"):
-        raise ValueError(f"{path} is BLIP-2: use model/vision=eva_vit_g and model.weights.init.vision={path}")
-    for name in (
-        "hidden_dropout_prob",
-        "attention_probs_dropout_prob",
-        "attention_dropout",
-        "dropout",
-        "drop_path_rate",
-    ):
-        if hasattr(config, name):
-            setattr(config, name, 0.0)
-    if num_layers is not None:
-        if not 0 < num_layers <= getattr(config, "num_hidden_layers", num_layers):
-            raise ValueError(f"num_layers is {num_layers}, {path} has {config.num_hidden_layers} blocks")
-        config.num_hidden_layers = num_layers
-    network = _load(path, config) if load else _auto_model().from_config(config, attn_implementation="sdpa")
-    mean, std = _pixel_statistics(path, pixel_mean, pixel_std)
+    config = _vision_config(path, num_layers)
     size = image_size or getattr(config, "image_size", None)
     if isinstance(size, list | tuple):
         size = size[0]
     if not size:
         raise ValueError(f"{path}/config.json names no image_size: give model.vision.image_size")
+    mean, std = _pixel_statistics(path, pixel_mean, pixel_std)
     encoder = ImageEncoder(
-        network,
+        _load(path, config) if load else _auto_model().from_config(config, attn_implementation="sdpa"),
         image_size=int(size),
         frozen=frozen,
         dtype=dtype,
@@ -281,6 +257,29 @@ def vision_from_folder(
     )
     encoder.loaded_from = str(path) if load else None
     return encoder
+
+
+def _vision_config(path: Path, num_layers: int | None) -> Any:
+    """The vision part of the folder's config, without dropout, and with the first `num_layers` blocks only."""
+    import transformers
+
+    if not (path / "config.json").is_file():
+        raise ValueError(
+            f"{path} holds no config.json. model.vision.folder is a local folder in transformers' format; "
+            f"`python scripts/fetch_weights.py --help` gets one"
+        )
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config = getattr(config, "vision_config", config)
+    if config.model_type.startswith("blip_2"):
+        raise ValueError(f"{path} is BLIP-2: use model/vision=eva_vit_g and model.weights.init.vision={path}")
+    for name in _DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    if num_layers is not None:
+        if not 0 < num_layers <= getattr(config, "num_hidden_layers", num_layers):
+            raise ValueError(f"num_layers is {num_layers}, {path} has {config.num_hidden_layers} blocks")
+        config.num_hidden_layers = num_layers
+    return config
 
 
 def _auto_model() -> Any:
