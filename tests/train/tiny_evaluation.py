@@ -50,6 +50,11 @@ def small_model(vocab_size: int, seed: int = 0) -> ImageTextModel:
     torch.manual_seed(seed)
     for parameter in model.parameters():  # random but far from indifferent: no ties, no equal captions
         torch.nn.init.normal_(parameter, std=0.7)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            torch.nn.init.ones_(module.weight)
+    for attention in qformer.looking():  # ITM depends on the picture as much as on the text
+        attention.image.value.weight.data *= 6.0
     return model
 
 
