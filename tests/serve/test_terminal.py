@@ -31,7 +31,7 @@ OWN_TERMINAL = (
     "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
-WAIT = 60.0
+WAIT = 150.0  # seconds, on a machine that does much else
 
 
 class Typist:
@@ -138,10 +138,14 @@ def test_a_conversation_at_a_terminal(run: Path, fox: Path) -> None:
         (("--model", ".", "--top-p", "7"), "chat: top_p is 7.0; expected a probability"),
     ],
 )
-def test_what_cannot_be_done_is_one_sentence(options: tuple[str, ...], expected: str) -> None:
-    command = [sys.executable, "scripts/chat.py", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and done.stderr.startswith(expected) and "Traceback" not in done.stderr
+def test_what_cannot_be_done_is_one_sentence(
+    options: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from scripts.chat import main
+
+    monkeypatch.setattr(sys, "argv", ["chat.py", *options])
+    with pytest.raises(SystemExit, match=expected):
+        main()
 
 
 # ------------------------------------------------------------------------------------------------------ line by line
