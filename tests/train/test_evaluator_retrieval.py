@@ -175,13 +175,13 @@ def on_rank(folder: str, file: str) -> tuple[dict[str, float], int, list[dict[st
     return dict(found.metrics), len(found.pictures), read_predictions(Path(file))
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_ranks_find_what_one_finds(tokenizer_dir: Path, tmp_path: Path, count: int) -> None:
+def test_three_ranks_find_what_one_finds(tokenizer_dir: Path, tmp_path: Path) -> None:
+    """Two do so in tests/test_evaluate.py."""
     expected, pictures, lines = on_rank(str(tokenizer_dir), str(tmp_path / "alone"))
     assert pictures == 1
     parts = [(line["part"], line["index"], line["rank"]) for line in lines]
     assert [index for part, index, _ in parts if part == "en/image_to_text"] == [0, 1, 3, 4, 5, 6]
-    for rank, found in enumerate(run_ranks(count, on_rank, str(tokenizer_dir), str(tmp_path / "several"))):
+    for rank, found in enumerate(run_ranks(3, on_rank, str(tokenizer_dir), str(tmp_path / "several"))):
         assert found[0] == expected
         assert found[1] == (1 if rank == 0 else 0)
         assert [(line["part"], line["index"], line["rank"]) for line in found[2]] == parts
