@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from model import low_rank
 from model.quantise import quantise_linears, shape_like_quantised
 from model.visual_chat import VisualChatModel
 
@@ -194,15 +195,7 @@ def inject(root: nn.Module, config: Any) -> None:
     assert found, f"no adapter was put anywhere: {config.target_modules}"
     for parameter in found:  # peft takes the dtype of the frozen weight; what trains is fp32 (train/engine.py)
         parameter.data = parameter.data.float()
-    for module in root.modules():
-        if hasattr(module, "_cast_input_dtype") and not getattr(module, "lora_variant", {}):
-            module._cast_input_dtype = _cast_unless_autocast_does  # type: ignore[assignment]
-
-
-def _cast_unless_autocast_does(x: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """peft casts what comes in to the fp32 of its own maps, and autocast back to where it was: a copy of 16384 numbers
-    a token, twice, for nothing."""
-    return x if x is None or torch.is_autocast_enabled(x.device.type) else x.to(dtype)
+    low_rank.shorten(root, NAME)
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.batch import IGNORED, Dialogue, EncodedDialogue, Turn
+from model.autocast import compute_dtype
 from model.llm.base import LanguageModel
-from model.llm.chatglm_block import as_bias, compute_dtype, rotation
+from model.llm.chatglm_block import as_bias, rotation
 from model.llm.dialogue import fit
 from model.llm.pieces import Pieces
 

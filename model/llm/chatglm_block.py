@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.autocast import compute_dtype
+
 ROTARY_BASE = 10000.0
 
 
@@ -98,9 +100,3 @@ def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     rows, length = mask.shape[:-1], mask.shape[-1]
     bias = torch.zeros(*rows, -(-length // 8) * 8, dtype=dtype, device=mask.device)[..., :length]
     return bias.masked_fill_(~mask, float("-inf"))
-
-
-def compute_dtype(tensor: Tensor) -> torch.dtype:
-    on = tensor.device.type
-    autocast = on != "meta" and torch.is_autocast_enabled(on)
-    return torch.get_autocast_dtype(on) if autocast else tensor.dtype

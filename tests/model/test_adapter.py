@@ -137,7 +137,7 @@ def test_peft_alone_reads_what_was_saved(pieces: Path, tmp_path: Path, kind: str
     if kind == "qlora":
         quantise_linears(bare.llm.network, bare.llm.lora_targets, device=CPU)
     PeftModel.from_pretrained(bare.llm.network, str(folder))
-    torch.testing.assert_close(logits(bare), expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits(bare), expected, atol=1e-5, rtol=1e-5)
     assert {file.name for file in folder.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
