@@ -136,8 +136,9 @@ class RetrievalEvaluator:
         if not done:
             with evaluating(model):
                 rankings = self.rankings(model, pool, right, device, ranks, predictions)
+            names = [sample.key or str(index) for index, sample in enumerate(pool.samples)]
             for direction, own in rankings.items():
-                predictions.add(self.name, parts[direction], [self._row(pool, direction, found) for found in own])
+                predictions.add(self.name, parts[direction], [_row(pool, names, direction, found) for found in own])
         return {
             direction: [row for _, row in sorted(predictions.known(self.name, part).items())]
             for direction, part in parts.items()
@@ -216,19 +217,6 @@ class RetrievalEvaluator:
             text_RE = text_TE[torch.tensor(rows, device=text_TE.device)]
             yield rows, _best_cosine(query_IQE, text_RE, self.batch_size).T
 
-    def _row(self, pool: Pool, direction: str, found: Ranking) -> dict[str, Any]:
-        """A ranking for the file: keys of samples for images, captions for texts."""
-        forward = direction == "image_to_text"
-        names = [sample.key or str(index) for index, sample in enumerate(pool.samples)]
-        row: dict[str, Any] = {
-            "index": found.index,
-            "query": names[found.index] if forward else pool.captions[found.index],
-            "rank": found.rank,
-            "best": [pool.captions[c] if forward else names[c] for c in found.best[:SHOWN]],
-            "best_index": found.best[:SHOWN],
-        }
-        return row
-
     # ------------------------------------------------------------------------------------------------------ metrics
 
     def _metrics(self, pool: Pool, rows: Mapping[str, list[Row]]) -> dict[str, float]:
@@ -275,6 +263,18 @@ class RetrievalEvaluator:
             ]
             beside.append((pictures[row["index"]], lines))
         return text_beside_images(beside, columns=1)
+
+
+def _row(pool: Pool, names: Sequence[str], direction: str, found: Ranking) -> dict[str, Any]:
+    """A ranking for the file: `names` of samples for images, captions for texts."""
+    forward = direction == "image_to_text"
+    return {
+        "index": found.index,
+        "query": names[found.index] if forward else pool.captions[found.index],
+        "rank": found.rank,
+        "best": [pool.captions[c] if forward else names[c] for c in found.best[:SHOWN]],
+        "best_index": found.best[:SHOWN],
+    }
 
 
 def _best_cosine(query_IQE: Tensor, text_TE: Tensor, batch_size: int) -> Tensor:
