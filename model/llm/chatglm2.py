@@ -6,11 +6,13 @@ ChatGLM2-6B.  There is one template for both languages, the one it was trained o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from data.batch import EncodedDialogue, Turn
-from model.llm.glm import Glm, glm
-from model.llm.glm_codec import GlmCodec, appended
+from model.llm.glm import Glm, family, glm
+from model.llm.glm_codec import GlmCodec
 from model.llm.pieces import Pieces
 
 ASK, REPLY = "[Round {}]\n\n问：", "\n\n答："
@@ -33,15 +35,13 @@ class ChatGLM2Codec(GlmCodec):
 
     def __init__(self, path: str | Path, *, num_image_tokens: int) -> None:
         pieces = sentencepieces(path)
-        ids = appended(pieces, SPECIAL)
-        eos = required(pieces, "</s>")
+        special = special_ids(pieces)
         super().__init__(
             pieces,
-            {"gmask": ids["[gMASK]"], "sop": ids["sop"], "eop": ids["eop"], "eos": eos},
+            special,
             pad_id=required(pieces, "<unk>"),
-            stop_ids=(eos,),
+            stop_ids=(special["eos"],),
             num_image_tokens=num_image_tokens,
-            image_marks=(pieces.encode("<img>"), pieces.encode("</img>")),
         )
 
     def _lay_out(self, turns: tuple[Turn, ...]) -> EncodedDialogue:
@@ -61,53 +61,14 @@ class ChatGLM2Codec(GlmCodec):
         return layout.done()
 
 
-def chatglm2(
-    *,
-    hidden_size: int = 4096,
-    num_layers: int = 28,
-    num_heads: int = 32,
-    num_kv_heads: int = 2,
-    head_size: int = 128,
-    inner_size: int = 13696,
-    vocab_size: int = 65024,
-    norm_eps: float = 1e-5,
-    qkv_bias: bool = True,
-    rope_interpolation: float = 1.0,
-    tied_head: bool = False,
-    tokenizer: str | None = None,
-    num_image_tokens: int = 32,
-    frozen: bool = True,
-    dtype: str = "float32",
-    device: str = "cpu",
-    initial_std: float | None = 0.02,
-    checkpoint_activations: bool = False,
-) -> Glm:
-    """ChatGLM2-6B, or a smaller one of its kind (`configs/model/llm/`).
+@family(num_layers=28, vocab_size=65024, norm_eps=1e-5)
+def chatglm2(*, rope_interpolation: float = 1.0, **rest: Any) -> Glm:
+    """ChatGLM2-6B, or a smaller one of its kind (`configs/model/llm/`); see `model.llm.glm.glm`.
 
     Args:
-        tokenizer: `tokenizer.model` or its folder; without one there is a network, and nobody to talk to.
         rope_interpolation: `rope_ratio` of the config.json of ChatGLM2-6B-32k.
-        initial_std: see `model.llm.glm.glm`.
     """
-    return glm(
-        None if tokenizer is None else ChatGLM2Codec(tokenizer, num_image_tokens=num_image_tokens),
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        inner_size=inner_size,
-        vocab_size=vocab_size,
-        norm_eps=norm_eps,
-        qkv_bias=qkv_bias,
-        rope_interpolation=rope_interpolation,
-        tied_head=tied_head,
-        frozen=frozen,
-        dtype=dtype,
-        device=device,
-        initial_std=initial_std,
-        checkpoint_activations=checkpoint_activations,
-    )
+    return glm(ChatGLM2Codec, rope_interpolation=rope_interpolation, **rest)
 
 
 def sentencepieces(path: str | Path) -> Pieces:
@@ -117,6 +78,14 @@ def sentencepieces(path: str | Path) -> Pieces:
     """
     file = Path(path).expanduser()
     return Pieces(file / "tokenizer.model" if file.is_dir() else file, special=(), line_break=None)
+
+
+def special_ids(pieces: Pieces, roles: Sequence[str] = ()) -> dict[str, int]:
+    """Ids by role: ChatGLM2's, and what `roles` (`<|user|>`, ...) adds in ChatGLM3."""
+    ids = {name: pieces.vocab_size + index for index, name in enumerate((*SPECIAL, *roles))}
+    eos = required(pieces, "</s>")
+    first = {"gmask": ids["[gMASK]"], "sop": ids["sop"], "eop": ids["eop"], "eos": eos}
+    return {**first, **{role.strip("<|>"): ids[role] for role in roles}}
 
 
 def required(pieces: Pieces, name: str) -> int:

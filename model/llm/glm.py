@@ -10,6 +10,10 @@ Shape letters   B = rows   L = length   D = width   E = size of a head   T = any
 
 from __future__ import annotations
 
+import functools
+import inspect
+import typing
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -179,38 +183,104 @@ def glm_config(
 
 
 def glm(
-    codec: GlmCodec | None,
+    make_codec: Callable[..., GlmCodec],
     *,
-    frozen: bool,
-    dtype: str,
-    device: str,
-    initial_std: float | None,
-    checkpoint_activations: bool,
-    **sizes: Any,
+    rope_base: float = 10000.0,
+    rope_interpolation: float = 1.0,
+    hidden_size: int = 4096,
+    num_layers: int = 28,
+    num_heads: int = 32,
+    num_kv_heads: int = 2,
+    head_size: int = 128,
+    inner_size: int = 13696,
+    vocab_size: int = 65024,
+    norm_eps: float = 1e-5,
+    qkv_bias: bool = True,
+    tied_head: bool = False,
+    tokenizer: str | None = None,
+    num_image_tokens: int = 32,
+    frozen: bool = True,
+    dtype: str = "float32",
+    device: str = "cpu",
+    initial_std: float | None = 0.02,
+    checkpoint_activations: bool = False,
 ) -> Glm:
-    """Builds what a family's file asks for; `sizes` are `glm_config`'s.
+    """A model of any of the families; each family's file says what its `rope_ratio` means.
 
     Args:
+        make_codec: the family's codec, from `tokenizer` and `num_image_tokens`.
+        rope_base, rope_interpolation: see `glm_config`.
+        tokenizer: its file or folder; without one there is a network, and nobody to talk to.
+        num_image_tokens: positions of one picture.
         initial_std: of random weights, drawn from torch's generator; None leaves memory as it is, where a checkpoint
             follows.
     Raises:
-        ValueError: a tokenizer with more ids than the network has.
+        ValueError: a tokenizer with more ids than the network has; sizes that cannot be.
     """
+    codec = None if tokenizer is None else make_codec(tokenizer, num_image_tokens=num_image_tokens)
+    if codec is not None and codec.num_ids > vocab_size:
+        raise ValueError(f"the tokenizer has ids up to {codec.num_ids - 1}, model.llm.vocab_size is {vocab_size}")
+    config = glm_config(
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        inner_size=inner_size,
+        vocab_size=vocab_size,
+        norm_eps=norm_eps,
+        qkv_bias=qkv_bias,
+        rope_base=rope_base,
+        rope_interpolation=rope_interpolation,
+        tied_head=tied_head,
+        initial_std=initial_std or 0.0,
+    )
+    network = _network(config, dtype=dtype, device=device, random=initial_std is not None)
+    return Glm(network.requires_grad_(not frozen).eval(), codec=codec, checkpoint_activations=checkpoint_activations)
+
+
+def _network(config: Any, *, dtype: str, device: str, random: bool) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    if codec is not None and codec.num_ids > sizes["vocab_size"]:
-        raise ValueError(
-            f"the tokenizer has ids up to {codec.num_ids - 1}, model.llm.vocab_size is {sizes['vocab_size']}"
-        )
-    config = glm_config(**sizes, initial_std=initial_std or 0.0)
-    with torch.device(device), no_init_weights() if initial_std is None else nullcontext():
+    with torch.device(device), nullcontext() if random else no_init_weights():
         network = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
     tie(network)  # transformers does so while it draws weights, which may be left out
     rotary = network.model.rotary_emb
     with torch.device("cpu"):  # no checkpoint brings its frequencies: on the meta device they would stay there
         network.model.rotary_emb = type(rotary)(config)
-    return Glm(network.requires_grad_(not frozen).eval(), codec=codec, checkpoint_activations=checkpoint_activations)
+    return network
+
+
+def family(**defaults: Any) -> Callable[[Callable[..., Glm]], Callable[..., Glm]]:
+    """For a family's function: gives it the parameters of `glm` that it passes on as `**rest`, with these defaults.
+
+    The parameters of `glm` become a part of the signature, since configs are checked against signatures; the `rope_`
+    ones do not: each family says in words of its own how its positions turn.
+    """
+
+    def decorate(own: Callable[..., Glm]) -> Callable[..., Glm]:
+        own_parameters, own_hints = inspect.signature(own).parameters, typing.get_type_hints(own)
+        shared_parameters, shared_hints = inspect.signature(glm).parameters, typing.get_type_hints(glm)
+        shared = {
+            name: parameter.replace(default=defaults.get(name, parameter.default))
+            for name, parameter in shared_parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and not name.startswith("rope_")
+        }
+        assert defaults.keys() <= shared.keys(), defaults
+        kept = [parameter for parameter in own_parameters.values() if parameter.kind is parameter.KEYWORD_ONLY]
+        signature = inspect.Signature([*kept, *shared.values()])
+
+        @functools.wraps(own)
+        def build(**given: Any) -> Glm:
+            signature.bind(**given)  # TypeError for what is no parameter
+            return own(**{**defaults, **given})
+
+        build.__signature__ = signature  # type: ignore[attr-defined]
+        build.__annotations__ = {**own_hints, **{name: shared_hints[name] for name in shared}}
+        return build
+
+    return decorate
 
 
 def tie(network: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from model.llm.glm import Glm, glm
+from model.llm.glm import Glm, family, glm
 from model.llm.glm_codec import RoleCodec
 
 SPECIAL = {
@@ -25,7 +25,6 @@ SPECIAL = {
     "observation": "<|observation|>",
 }
 IMAGE_MARKS = ("<|begin_of_image|>", "<|end_of_image|>")
-IMAGE_TEXT = ("<img>", "</img>")  # where the tokenizer has no such tokens
 
 
 class FastPieces:
@@ -84,10 +83,6 @@ class GLM4Codec(RoleCodec):
                 raise ValueError(f"{pieces.path} has no token {name}: it is not the tokenizer of GLM-4")
             special[role] = found
         before, after = (pieces.id_of(name) for name in IMAGE_MARKS)
-        if before is not None and after is not None:
-            marks = [before], [after]
-        else:
-            marks = pieces.encode(IMAGE_TEXT[0]), pieces.encode(IMAGE_TEXT[1])
         self.end_id = special["user"]
         super().__init__(
             pieces,
@@ -95,55 +90,16 @@ class GLM4Codec(RoleCodec):
             pad_id=special["eos"],
             stop_ids=(special["eos"], special["user"], special["observation"]),
             num_image_tokens=num_image_tokens,
-            image_marks=marks,
+            image_marks=None if before is None or after is None else ([before], [after]),
         )
 
 
-def glm4(
-    *,
-    hidden_size: int = 4096,
-    num_layers: int = 40,
-    num_heads: int = 32,
-    num_kv_heads: int = 2,
-    head_size: int = 128,
-    inner_size: int = 13696,
-    vocab_size: int = 151552,
-    norm_eps: float = 1.5625e-7,
-    qkv_bias: bool = True,
-    rope_ratio: float = 1.0,
-    tied_head: bool = False,
-    tokenizer: str | None = None,
-    num_image_tokens: int = 32,
-    frozen: bool = True,
-    dtype: str = "float32",
-    device: str = "cpu",
-    initial_std: float | None = 0.02,
-    checkpoint_activations: bool = False,
-) -> Glm:
-    """GLM-4-9B, or a smaller one of its kind (`configs/model/llm/`).
+@family(num_layers=40, vocab_size=151552, norm_eps=1.5625e-7)
+def glm4(*, rope_ratio: float = 1.0, **rest: Any) -> Glm:
+    """GLM-4-9B, or a smaller one of its kind (`configs/model/llm/`); see `model.llm.glm.glm`.
 
     Args:
-        tokenizer: `tokenizer.json` or its folder; without one there is a network, and nobody to talk to.
         rope_ratio: as in config.json: 1 in glm-4-9b, 500 in glm-4-9b-chat; rope_theta of the -hf folders is 10000 times
             that.
-        initial_std: see `model.llm.glm.glm`.
     """
-    return glm(
-        None if tokenizer is None else GLM4Codec(tokenizer, num_image_tokens=num_image_tokens),
-        hidden_size=hidden_size,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_size=head_size,
-        inner_size=inner_size,
-        vocab_size=vocab_size,
-        norm_eps=norm_eps,
-        qkv_bias=qkv_bias,
-        rope_base=10000.0 * rope_ratio,
-        tied_head=tied_head,
-        frozen=frozen,
-        dtype=dtype,
-        device=device,
-        initial_std=initial_std,
-        checkpoint_activations=checkpoint_activations,
-    )
+    return glm(GLM4Codec, rope_base=10000.0 * rope_ratio, **rest)

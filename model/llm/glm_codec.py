@@ -47,7 +47,7 @@ class GlmCodec:
     Args:
         special: ids by role, "gmask" and "sop" among them.
         pad_id: stands for padding and for image tokens.
-        image_marks: ids before and after the tokens of a picture.
+        image_marks: ids before and after the tokens of a picture; None: those of the words <img> and </img>.
     """
 
     trains_every_turn = True
@@ -60,9 +60,10 @@ class GlmCodec:
         pad_id: int,
         stop_ids: tuple[int, ...],
         num_image_tokens: int,
-        image_marks: tuple[list[int], list[int]],
+        image_marks: tuple[list[int], list[int]] | None = None,
     ) -> None:
-        self.pieces, self.special, self.image_marks = pieces, special, image_marks
+        self.pieces, self.special = pieces, special
+        self.image_marks = image_marks or (pieces.encode("<img>"), pieces.encode("</img>"))
         self.pad_id, self.stop_ids, self.num_image_tokens = pad_id, stop_ids, num_image_tokens
 
     @property
@@ -123,8 +124,3 @@ class RoleCodec(GlmCodec):
         if turns[-1].answer:
             layout.add([self.end_id], learn=True)
         return layout.done()
-
-
-def appended(pieces: TextPieces, names: Sequence[str]) -> dict[str, int]:
-    """Ids of special tokens that a tokenizer numbers after its pieces."""
-    return {name: pieces.vocab_size + index for index, name in enumerate(names)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from model.llm.chatglm2 import ChatGLM2Codec
 from model.llm.chatglm3 import ChatGLM3Codec
 from model.llm.glm4 import GLM4Codec
 from model.llm.glm_codec import GlmCodec
-from tests.model.glm_common import GLM4_SPECIAL, small_glm, train_byte_pairs, train_sentencepieces, visual_chat
+from tests.model.glm_common import BUILD, GLM4_SPECIAL, small_glm, train_byte_pairs, train_sentencepieces, visual_chat
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "model" / "llm"
 FAMILIES = ["chatglm2", "chatglm3", "glm4"]
@@ -297,6 +299,18 @@ def test_every_word_can_learn(family: str) -> None:
     llm.embed(torch.tensor([[0, 7]])).sum().backward()
     gradient = llm.network.get_parameter("model.embed_tokens.weight").grad
     assert gradient is not None and gradient.sum(dim=1).nonzero().flatten().tolist() == [0, 7]
+
+
+@pytest.mark.parametrize(("family", "rope"), [("chatglm2", "interpolation"), ("chatglm3", "ratio"), ("glm4", "ratio")])
+def test_a_family_takes_its_own_word_for_the_rope_and_no_other(family: str, rope: str) -> None:
+    """Configs are checked against this signature; a rope_ratio that ChatGLM2 took for a base would be silently wrong."""
+    parameters = inspect.signature(BUILD[family]).parameters
+    assert {name for name in parameters if "rope" in name} == {f"rope_{rope}"}
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters.values())
+    assert typing.get_type_hints(BUILD[family])["initial_std"] == float | None
+    for wrong in {"rope_interpolation", "rope_ratio", "rope_base", "widht"} - {f"rope_{rope}"}:
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{wrong}'"):
+            small_glm(family, **{wrong: 2.0})
 
 
 def test_adapters_find_every_linear_map_of_a_block() -> None:

@@ -116,6 +116,21 @@ def test_impossible_value(override: str, message: str) -> None:
         compose("pretrain", [SMOKE, override])
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.llm.rope_interpolation=2", "unknown key model.llm.rope_interpolation .*rope_ratio"),
+        ("model.llm.num_layer=2", r"did you mean model.llm.num_layers\?"),
+        ("model.llm.num_layers=two", "expected a whole number"),
+        ("model.llm.tokenizer=5", "expected text or null"),
+    ],
+)
+def test_language_models_of_the_glm_family_are_checked_too(override: str, message: str) -> None:
+    """Their signatures are put together out of two functions'."""
+    with pytest.raises(ConfigError, match=message):
+        compose("finetune", ["experiment=smoke_stage_two", "model/llm=tiny_glm", "model.llm.tokenizer=x", override])
+
+
 @pytest.mark.parametrize("target", ["os.system", "builtins.eval", "torch.load", "datasets.load_dataset"])
 def test_only_our_packages_are_built(target: str) -> None:
     with pytest.raises(ConfigError, match="may only point into data, model, train, serve"):
