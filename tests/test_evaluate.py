@@ -178,7 +178,8 @@ def test_other_evaluators_take_their_sizes_from_the_run(run: Path, tmp_path: Pat
     path = f"train.evaluator.retrieval.source.path={tmp_path}/test.jsonl"
     config = evaluate_config([f"run={run}", "train/evaluator=jsonl_pairs", path])
     assert config.train.evaluator.retrieval.transform.image_size == 64
-    metrics, _ = evaluated(f"run={run}", "train/evaluator=jsonl_pairs", path, "name=mine")
+    metrics, _ = evaluated(f"run={run}", "train/evaluator=jsonl_pairs", path)
+    assert (run / "eval/step_2_jsonl_pairs" / METRICS).is_file()
     assert metrics["metrics"]["retrieval/zh/num_texts"] == 6 and metrics["metrics"]["caption/en/num_images"] == 3
 
 
@@ -190,6 +191,7 @@ def test_other_evaluators_take_their_sizes_from_the_run(run: Path, tmp_path: Pat
             "unknown key checkpont (on the command line: checkpont=best): did you mean checkpoint",
         ),
         (["run={run}", "train.evaluator.retrieval.rerankk=4"], "did you mean train.evaluator.retrieval.rerank?"),
+        ([], "not set: run"),
         (["run={run}", "precision=int3"], "one of auto, fp32, bf16, fp16"),
         (["run={run}", "train/evaluator=coco_cn"], "not set: train.evaluator.retrieval.source.image_root"),
     ],

@@ -31,7 +31,9 @@ class EvaluateConfig:
     checkpoint: str = key(
         "newest", "newest, best (by train.best_metric), a name like step_300, or none: the weights the run began with"
     )
-    name: str = key("", "names the results; default: the checkpoint and the evaluators that were chosen")
+    name: str = key(
+        "{checkpoint}", "names the results; {checkpoint} is the checkpoint's name; default: that and train/evaluator"
+    )
     dir: str = key("", "where the results are written; default: RUN/eval/NAME")
     resume: str = key(
         "auto", "auto keeps the predictions that are there already, never makes them again", choices=("auto", "never")
@@ -78,13 +80,14 @@ def _of_run(argv: Sequence[str]) -> dict[str, Any]:
     said = dict(argument.lstrip("+").split("=", 1) for argument in argv if "=" in argument)
     run = Path(said.get("run", "")).expanduser()
     config = config_of_run(run) if said.get("run") else None
-    if config is None:
-        return NO_RUN
-    plain: Any = {"data": {}, "train": {}, **OmegaConf.to_container(config, resolve=True)}  # type: ignore[dict-item]
-    inherited = {
-        "data": {**NO_RUN["data"], **{key: plain["data"][key] for key in NO_RUN["data"] if key in plain["data"]}}
-    }
-    if not {"train/evaluator", "experiment"} & said.keys():
-        nodes = {name: node for name, node in plain["train"].get("evaluator", {}).items() if node is not None}
-        inherited["train"] = {"evaluator": nodes}
+    inherited: dict[str, Any] = {"data": dict(NO_RUN["data"])}
+    if "train/evaluator" in said:
+        inherited["name"] = f"{{checkpoint}}_{said['train/evaluator']}"
+    if config is not None:
+        plain: Any = OmegaConf.to_container(config, resolve=True)
+        own = plain.get("data", {})
+        inherited["data"] |= {key: own[key] for key in NO_RUN["data"] if key in own}
+        if not {"train/evaluator", "experiment"} & said.keys():
+            nodes = plain.get("train", {}).get("evaluator", {})
+            inherited["train"] = {"evaluator": {name: node for name, node in nodes.items() if node is not None}}
     return inherited

@@ -153,7 +153,7 @@ def _precision(subject: Subject, device: torch.device) -> Iterator[None]:
 
 
 def results_folder(config: DictConfig, run: Path, subject: Subject) -> Path:
-    name = config.name or subject.checkpoint
+    name = config.name.replace("{checkpoint}", subject.checkpoint)
     home = run.parent / run.stem if run.is_file() else run
     return Path(config.dir).expanduser() if config.dir else home / "eval" / name
 
