@@ -89,7 +89,7 @@ def _language_model(counter: Counter, llm: Any, rows: int, length: int, targets:
     for block in llm.layers:
         counter.linears(block, rows * length)
         counter.attention(rows * length, length, llm.width)
-        if llm.checkpoint_activations and counter.trains:
+        if counter.trains and llm.recomputes(rows * length):
             counter.flops += _recomputed(block, rows * length) + 4 * rows * length * length * llm.width
     counter.linears(llm.network.get_submodule("lm_head"), targets)
 

@@ -80,7 +80,7 @@ def _is_plain(layer: Any) -> bool:
     return (
         layer.active_adapters == [name]
         and not (layer.disable_adapters or layer.merged or layer.lora_variant)
-        and not (layer.training and getattr(dropout, "p", 0.0))
+        and not (dropout.training and getattr(dropout, "p", 0.0))
         and layer.lora_A[name].bias is None
         and layer.lora_B[name].bias is None
         and not hasattr(layer.lora_B[name].weight, "ds_id")

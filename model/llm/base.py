@@ -30,7 +30,8 @@ class LanguageModel(nn.Module):
             Hugging Face layout wherever an adapter can sit, so that one saved here fits there and the other way round.
         lora_targets: names of all linear layers of a block, the default of LoRA and QLoRA; never the output head.
         layers_pattern: the name in front of a block's number, for peft's `layers_to_transform`.
-        checkpoint_activations: recompute each block in the backward pass instead of keeping its activations.
+        checkpoint_activations: recompute each block in the backward pass instead of keeping its activations,
+        checkpoint_above: for micro-batches of more tokens than this, padding included.
         loaded_from: the folder whose weights it was built with, for the table of weights.
         layer_devices, home_device: where blocks sit on several devices (`model/spread.py`), the device of each, and
             that of everything else.
@@ -43,6 +44,7 @@ class LanguageModel(nn.Module):
     lora_targets: tuple[str, ...]
     layers_pattern: str = "layers"
     checkpoint_activations: bool = False
+    checkpoint_above: int = 0
     loaded_from: str | None = None
     layer_devices: Sequence[torch.device] | None = None
     home_device: torch.device | None = None
@@ -51,6 +53,10 @@ class LanguageModel(nn.Module):
     def layers(self) -> nn.ModuleList:
         """The blocks."""
         raise NotImplementedError
+
+    def recomputes(self, num_tokens: int) -> bool:
+        """Whether blocks are recomputed for a micro-batch of so many tokens."""
+        return self.checkpoint_activations and num_tokens > self.checkpoint_above
 
     def embed(self, ids_BL: Tensor) -> Tensor:
         """-> embedded_BLD, as the network's first block takes them"""

@@ -200,6 +200,7 @@ class ChatGLM(LanguageModel):
         codec: ChatGLMCodec | None = None,
         rotary_dtype: str = "float16",
         checkpoint_activations: bool = False,
+        checkpoint_above: int = 0,
     ) -> None:
         super().__init__()
         self.network, self.codec, self.num_heads = network, codec, num_heads
@@ -209,7 +210,7 @@ class ChatGLM(LanguageModel):
         if rotary_dtype not in ("float16", "float32"):
             raise ValueError(f"model.llm.rotary_dtype is {rotary_dtype!r}; it can be float16 or float32")
         self.rotary_dtype = getattr(torch, rotary_dtype)
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpoint_activations, self.checkpoint_above = checkpoint_activations, checkpoint_above
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -279,11 +280,12 @@ class ChatGLM(LanguageModel):
         cos_sin = rotation(position_B2L, self.width // self.num_heads, self.rotary_dtype, dtype)
         mask = None if mask is None else as_bias(mask, dtype)
         # whatever the mode: a frozen model is in eval mode, and the gradient still passes through it
-        recompute = self.checkpoint_activations and torch.is_grad_enabled()
+        recompute = torch.is_grad_enabled() and self.recomputes(hidden_BLD.shape[:2].numel())
+        options = {"use_reentrant": False, "preserve_rng_state": recompute and _draws(self.layers)}
         for index in range(len(self.layers)):
             hidden_BLD, cos_sin, mask = self.on_layer_device(index, hidden_BLD, cos_sin, mask)
             if recompute:
-                hidden_BLD = checkpoint(self._layer, hidden_BLD, index, cos_sin, mask, cache, use_reentrant=False)
+                hidden_BLD = checkpoint(self._layer, hidden_BLD, index, cos_sin, mask, cache, **options)
             else:
                 hidden_BLD = self._layer(hidden_BLD, index, cos_sin, mask, cache)
         return self.network.get_submodule("transformer.final_layernorm")(self.at_home(hidden_BLD))
@@ -315,6 +317,7 @@ def chatglm(
     device: str = "cpu",
     initial_std: float | None = 0.02,
     checkpoint_activations: bool = False,
+    checkpoint_above: int = 0,
 ) -> ChatGLM:
     """ChatGLM-6B, or a smaller one of its kind (`configs/model/llm/`).
 
@@ -353,4 +356,10 @@ def chatglm(
         codec=codec,
         rotary_dtype=rotary_dtype,
         checkpoint_activations=checkpoint_activations,
+        checkpoint_above=checkpoint_above,
     )
+
+
+def _draws(layers: nn.Module) -> bool:
+    """Whether a block draws random numbers now (an adapter's dropout); saving their state costs more than a block."""
+    return any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in layers.modules())

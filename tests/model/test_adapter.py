@@ -268,18 +268,25 @@ def test_no_adapter_leaves_the_model_alone(pieces: Path) -> None:
             adapter.check_zero3()
 
 
-@pytest.mark.parametrize("train_projection", [True, False])
-def test_activations_are_recomputed_in_eval_mode_and_below_an_adapter(pieces: Path, train_projection: bool) -> None:
-    """A frozen language model is in eval mode, and with LoRA alone nothing that enters it needs a gradient."""
+@pytest.mark.parametrize(("train_projection", "dropout"), [(True, 0.0), (False, 0.0), (False, 0.5)])
+def test_activations_are_recomputed_in_eval_mode_and_below_an_adapter(
+    pieces: Path, train_projection: bool, dropout: float
+) -> None:
+    """A frozen language model is in eval mode, and with LoRA alone nothing that enters it needs a gradient; what an
+    adapter drops is dropped again."""
     gradients = []
     for recompute in (False, True):
-        llm = {**WIDE, "checkpoint_activations": recompute}
-        model = adapted(pieces, Lora(rank=2), llm=llm, train_qformer=False, train_projection=train_projection)
+        llm = {**WIDE, "checkpoint_activations": True, "checkpoint_above": 10 if recompute else 10**6}
+        adapter = Lora(rank=2, dropout=dropout)
+        model = adapted(pieces, adapter, llm=llm, train_qformer=False, train_projection=train_projection).eval()
+        for module in model.modules():
+            module.train(isinstance(module, nn.Dropout))
+        torch.manual_seed(5)
         learnt(model)
         calls: list[int] = []
         block = model.llm.network.get_submodule("transformer.layers.1.mlp.dense_h_to_4h")
         block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        model.eval().predict(batch_of(model)).logits_TV.square().sum().backward()
+        model.predict(batch_of(model)).logits_TV.square().sum().backward()
         assert len(calls) == 1 + recompute
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     torch.testing.assert_close(gradients[1], gradients[0])
