@@ -1,14 +1,21 @@
 """Fine-tuning VisualGLM at full size on one GPU, with random weights: speed, and what QLoRA needs in memory.
 
-    python benchmarks/finetune.py                                      every variant but QLoRA's
-    python benchmarks/finetune.py --variants qlora                     its memory, from the first allocation on
-    python benchmarks/finetune.py --variants visualglm ours_keep --profile
-    python benchmarks/finetune.py --tiny --variants ours qlora         the same code on a CPU, in seconds
+    python benchmarks/finetune.py                                            every variant, about 35 s each
+    python benchmarks/finetune.py --variants visualglm ours --profile        and where the time of a step goes
+    python benchmarks/finetune.py --variants visualglm train/engine=zero1    with another engine
+    python benchmarks/finetune.py --tiny --variants ours qlora               the same code on a CPU
 
 Model, adapters, loss, precision, optimizer and DeepSpeed engine are those of `experiment=finetune/visualglm_lora` and
 `visualglm_qlora`; more Hydra overrides may follow.  One line a variant: samples/s, tokens/s (real ones, image tokens
 included, padding not), TFLOP/s of the arithmetic that is done (recomputed blocks included, `model/flops.py`), its share
-of the GPU's peak, peak memory.  It times forward, backward, clipping and optimizer; no data loading.
+of the GPU's peak, peak memory from the first allocation on (QLoRA's: also while it is built).  It times forward,
+backward, clipping and optimizer; no data loading.  Each variant is a process of its own, or the peaks would add up.
+
+    visualglm      VisualGLM's recipe: batch 4, every sample padded to 320, LoRA of rank 10 on two blocks, recomputed
+    ours           ours at the same batch: padded to the longest of the batch, grouped by length, LoRA on every map
+    large          batch 64 of 112 tokens each, which VisualGLM's own code was measured at
+    qlora          VisualGLM's QLoRA recipe: batch 1, four times accumulated, padded to 320; our adapter
+    ..._theirs     with VisualGLM's adapter   ..._keep   activations kept   ..._recompute   recomputed
 
 Samples are random ids and pixels: one picture, a question of 4 to 20 tokens, an answer whose length is drawn from a
 log-normal with mean 60 (XrayGLM's Chinese reports have 90 characters on average).  The same samples for every variant.
@@ -18,8 +25,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import io
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -79,6 +86,7 @@ THEIRS = [
     "train.clip_grad_norm=0.1",
 ]
 KEEP = ["model.llm.checkpoint_activations=false"]
+RECOMPUTE = ["model.llm.checkpoint_above=0"]
 
 
 @dataclass(frozen=True)
@@ -92,16 +100,15 @@ class Variant:
 
 
 VARIANTS = {
-    "visualglm": Variant(4, THEIRS, padded=320),
+    "visualglm": Variant(4, [*THEIRS, *RECOMPUTE], padded=320),
     "visualglm_keep": Variant(4, [*THEIRS, *KEEP], padded=320),
-    "ours_320": Variant(4, KEEP, padded=320),
     "ours": Variant(4),
-    "ours_keep": Variant(4, KEEP),
+    "ours_recompute": Variant(4, RECOMPUTE),
+    "ours_320": Variant(4, padded=320),
     "ours_16": Variant(16),
-    "ours_16_keep": Variant(16, KEEP),
-    "large": Variant(64, length=112),
+    "large": Variant(64, RECOMPUTE, length=112),
     "large_keep": Variant(64, KEEP, length=112),
-    "large_theirs": Variant(64, THEIRS, length=112),
+    "large_theirs": Variant(64, [*THEIRS, *RECOMPUTE], length=112),
     "qlora": Variant(1, padded=320, accumulate=4, experiment="finetune/visualglm_qlora"),
     "qlora_theirs": Variant(1, THEIRS, padded=320, accumulate=4, experiment="finetune/visualglm_qlora"),
 }
@@ -326,31 +333,43 @@ def run(args: argparse.Namespace, name: str, device: torch.device) -> str:
     )
 
 
+def apart(args: argparse.Namespace) -> None:
+    """Every variant in a process of its own."""
+    for number, name in enumerate(args.variants):
+        options = [f"--steps={args.steps}", f"--rounds={args.rounds}", f"--profile-rows={args.profile_rows}"]
+        options += [f"--{flag}" for flag in ("tiny", "profile", "verbose") if getattr(args, flag)]
+        options += ["--no-title"] if number else []
+        subprocess.run([sys.executable, __file__, "--variants", name, *options, *args.overrides], check=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=[n for n in VARIANTS if "qlora" not in n])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--steps", type=int, default=16, help="different steps in a round")
     parser.add_argument("--rounds", type=int, default=3, help="of which the median counts, after one to warm up")
     parser.add_argument("--tiny", action="store_true", help="small sizes, on a CPU where there is no GPU")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--profile-rows", type=int, default=25)
     parser.add_argument("--verbose", action="store_true", help="also what the run says at its start")
+    parser.add_argument("--one-process", action="store_true", help="quicker; only the first variant's memory is right")
+    parser.add_argument("--no-title", action="store_true")
     args, args.overrides = parser.parse_known_args()
+    if len(args.variants) > 1 and not args.one_process:
+        return apart(args)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cpu" and not args.tiny:
         raise SystemExit("this benchmark needs a GPU, or --tiny; torch.cuda.is_available() is False")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    print(torch.cuda.get_device_name() if device.type == "cuda" else "CPU", f"torch {torch.__version__}", flush=True)
+    if not args.no_title:
+        print(
+            torch.cuda.get_device_name() if device.type == "cuda" else "CPU", f"torch {torch.__version__}", flush=True
+        )
     for name in args.variants:
         try:
             print(run(args, name, device), flush=True)
         except torch.cuda.OutOfMemoryError as error:
             print(f"{name:15s} does not fit: {str(error).splitlines()[0][:110]}", flush=True)
-        gc.collect()
-        if device.type == "cuda":  # each variant's own peak; the first one's begins with the process
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
 
 
 if __name__ == "__main__":
