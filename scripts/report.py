@@ -4,8 +4,8 @@
     python scripts/report.py outputs/mine outputs/mine-2        # compared: outputs/mine-2/report/comparison.html
     python scripts/report.py outputs/demo --evaluate            # measures the newest checkpoint first (evaluate.py)
 
-Retrieval, captions and answers come from the predictions that evaluate.py keeps: evaluate a run before and after, or two
-runs on the same evaluator, and they stand side by side.
+Retrieval, captions and answers come from the predictions that evaluate.py keeps: evaluate a run before and after, or
+two runs on the same evaluator, and they stand side by side.
 """
 
 from __future__ import annotations

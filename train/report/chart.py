@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,20 @@ COLOURS = ("#3b7dc4", "#d9772b", "#3a9a5b", "#9a64c0", "#cf4f4f", "#7a7f8a", "#b
 SIZE, DPI = (4.7, 2.7), 120
 MOST_POINTS = 500  # of a line; more are averaged in bins
 LANGUAGES = {"zh": "Chinese", "en": "English"}
+WORDS = {
+    "itc": "ITC",
+    "itm": "ITM",
+    "char": "by characters",
+    "jieba": "by jieba",
+    "13a": "by 13a",
+    "intl": "by intl",
+    "bleu_1": "BLEU-1",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+    "vqa_accuracy": "VQA accuracy",
+    "majority": "always the most frequent answer",
+}
 
 
 @dataclass(frozen=True)
@@ -86,17 +100,17 @@ def evaluation_charts(runs: Sequence[RunRecord]) -> list[Chart]:
                     label = f"{name}, {how.upper()}" if ranks else name
                     colour, dashed = _language_colour(language), how == "itc"
                 curves = found.setdefault(f"{evaluator}: {spoken(rest if ranks else what)}", [])
-                curves.append(Line(label, *zip(*pairs, strict=True), colour, marked=True, dashed=dashed))
+                steps, values = [step for step, _ in pairs], [value for _, value in pairs]
+                curves.append(Line(label, steps, values, colour, marked=True, dashed=dashed))
     return [chart(title, lines, whole=True) for title, lines in found.items()]
 
 
 def spoken(key: str) -> str:
-    """A metric's name for people: "itm/image_to_text/r@1" -> "ITM, image to text, R@1"."""
-    words = {"itc": "ITC", "itm": "ITM", "char": "by characters", "jieba": "by jieba", "13a": "by 13a", "intl": "by intl",
-             "bleu_1": "BLEU-1", "bleu_4": "BLEU-4", "rouge_l": "ROUGE-L", "cider": "CIDEr", "vqa_accuracy": "VQA accuracy",
-             "majority": "always the most frequent answer"}  # fmt: skip
-    parts = [words.get(part, part.replace("_", " ").replace("r@", "R@")) for part in key.split("/")]
-    return ", ".join(LANGUAGES.get(part, part) for part in parts)
+    """A metric's name for people: "zh/itm/image_to_text/r@1" -> "Chinese, ITM, image to text, R@1"."""
+    parts = key.split("/")
+    return ", ".join(
+        WORDS.get(part) or LANGUAGES.get(part) or part.replace("_", " ").replace("r@", "R@") for part in parts
+    )
 
 
 def _worth_a_curve(key: str) -> bool:
@@ -189,9 +203,8 @@ def chart(
         axes.set_title(title[:1].upper() + title[1:], loc="left", fontsize=11)
         _limits(axes, bottoms, tops, whole=whole)
         if len(lines) > 1:
-            axes.legend(
-                fontsize=8, frameon=False, labelcolor=INK, loc="lower right" if lines[0].marked else "upper right"
-            )
+            place = "lower right" if lines[0].marked else "upper right"
+            axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc=place)
         return Chart(title, _svg(figure), _png(figure))
 
 
@@ -200,9 +213,8 @@ def _draw(axes: Any, line: Line, *, smooth: bool) -> tuple[float, float]:
     steps, values = thinned(line.steps, line.values)
     label = f" {line.label}"  # with a leading underscore matplotlib would leave it out
     if line.marked:
-        axes.plot(
-            steps, values, color=line.colour, lw=1.4, marker="o", ms=3.5, label=label, ls="--" if line.dashed else "-"
-        )
+        style = {"lw": 1.4, "marker": "o", "ms": 3.5, "ls": "--" if line.dashed else "-"}
+        axes.plot(steps, values, color=line.colour, label=label, **style)
         return max(values), min(values)
     shown = running_mean(values, max(1, len(values) // 25)) if smooth else values
     if smooth:
@@ -234,7 +246,7 @@ def running_mean(values: Sequence[float], span: int) -> list[float]:
     return [sum(part) / len(part) for part in near]
 
 
-def _style(title: str) -> Mapping[str, Any]:
+def _style(title: str) -> dict[str, Any]:
     return {
         "svg.fonttype": "none",  # text stays text: it can be searched, and takes the page's font
         "svg.hashsalt": title,  # names inside one SVG must not meet those of another in the page

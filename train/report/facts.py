@@ -1,4 +1,4 @@
-"""What a report says of its runs in words: how far they are, what they consist of, what was skipped, how they differ."""
+"""What a report says of its runs in words: how far they are, what they are made of, what was skipped, what differs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ from typing import Any
 from train.report.records import RunRecord, is_number
 
 MOST_DIFFERENCES, MOST_EVENTS, MOST_REASONS = 60, 200, 12
+SIZES = {
+    "width": "{} wide",
+    "hidden_size": "{} wide",
+    "num_layers": "{} layers",
+    "image_size": "{} px",
+    "num_query_tokens": "{} query tokens",
+    "rank": "rank {}",
+}
 PLACES = ("run.dir", "run.name")  # differ between any two runs
 
 
@@ -48,14 +56,8 @@ def _state(run: RunRecord) -> str:
     if run.wanted_steps is not None and run.last_step >= run.wanted_steps:
         return f"finished, {run.last_step} steps"
     minutes = (time.time() - run.metrics_file.stat().st_mtime) / 60
-    age = (
-        "a moment ago"
-        if minutes < 2
-        else f"{minutes:.0f} minutes ago"
-        if minutes < 120
-        else f"{minutes / 60:.0f} hours ago"
-    )
-    return f"step {run.last_step}{of}; last written {age}"
+    told = "a moment" if minutes < 2 else f"{minutes:.0f} minutes" if minutes < 120 else f"{minutes / 60:.0f} hours"
+    return f"step {run.last_step}{of}; last written {told} ago"
 
 
 def _named(node: Any, *sizes: str) -> str:
@@ -63,7 +65,7 @@ def _named(node: Any, *sizes: str) -> str:
     if not isinstance(node, Mapping) or "_target_" not in node:
         return ""
     name = str(node["_target_"]).rpartition(".")[2]
-    said = [f"{size.replace('_', ' ')} {node[size]}" for size in sizes if is_number(node.get(size))]
+    said = [SIZES[size].format(node[size]) for size in sizes if is_number(node.get(size))]
     return name + (": " + ", ".join(said) if said else "")
 
 

@@ -101,7 +101,7 @@ def collect(runs: Sequence[RunRecord], options: Options) -> dict[str, Any]:
             "found": found,
             "problem": "; ".join(dict.fromkeys(samples.problems(made, [one.evaluator for one in found]))),
         }
-        for name, made in sets
+        for name, made in _last_ranking(runs, sets)
         if (found := list(retrieved(made, samples.of_sets([made]), options.examples)))
     ]
     attention = [{"name": run.name, "folder": str(run.folder), "looks": _looks(run, samples, options)} for run in runs]
@@ -173,6 +173,15 @@ def _set_name(runs: Sequence[RunRecord], run: RunRecord, made: PredictionSet) ->
 def _few(sets: Sequence[tuple[str, PredictionSet]]) -> list[tuple[str, PredictionSet]]:
     """The first and the last ones."""
     return [*sets[:1], *sets[1:][-(MOST_SETS - 1) :]]
+
+
+def _last_ranking(
+    runs: Sequence[RunRecord], sets: Sequence[tuple[str, PredictionSet]]
+) -> list[tuple[str, PredictionSet]]:
+    """Of each run the last set with retrieval."""
+    ranking = [(name, made) for name, made in sets if any("/" in part for _, part in made.parts)]
+    last = {made.folder.parent: (name, made) for name, made in ranking}
+    return [one for run in runs if (one := last.get(run.folder / "eval")) is not None]
 
 
 def _weights(runs: Sequence[RunRecord]) -> str:

@@ -1,5 +1,5 @@
-"""A run's folder -> what a report can tell of it.  Reads whatever is there: a run that is still going, that was resumed,
-that was never evaluated, or whose last line was cut off."""
+"""A run's folder -> what a report can tell of it.  Reads whatever is there: a run that is still going, that was
+resumed, that was never evaluated, or whose last line was cut off."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def read_config(file: Path) -> dict[str, Any]:
 
 
 def notes_of(configs: Sequence[Any]) -> tuple[str, ...]:
-    """What evaluators ask to be printed under their results; and the warning that belongs to X-rays, whoever forgot it."""
+    """What evaluators ask to be printed under their results, and the warning that belongs to every X-ray."""
     found: dict[str, None] = {}
     texts = _texts(list(configs))
     for key, value in texts:

@@ -92,40 +92,53 @@ def _step(name: str) -> int:
 
 def _table(evaluator: str, made: Sequence[Column]) -> Table:
     having = [column for column in made if evaluator in column.measured]
-    keys = dict.fromkeys(key for column in having for key in column.measured[evaluator])
+    keys = sorted(dict.fromkeys(key for column in having for key in column.measured[evaluator]), key=_chinese_first)
     rows: dict[str, tuple[str, ...]] = {}
     for key in keys:
         label, together = _row(key, keys)
         if label and label not in rows:
             rows[label] = tuple(_cell(column.measured[evaluator], together) for column in having)
-    sizes = dict.fromkeys(_size(key, column.measured[evaluator][key]) for column in having for key in keys
-                          if "num_" in key and key in column.measured[evaluator])  # fmt: skip
-    return Table(evaluator, ", ".join(sizes), tuple(column.name for column in having), tuple(rows.items()))
+    names = tuple(column.name for column in having)
+    return Table(evaluator, _sizes([column.measured[evaluator] for column in having]), names, tuple(rows.items()))
 
 
-def _row(key: str, keys: Mapping[str, None]) -> tuple[str, list[str]]:
-    """A label and the keys whose values stand in it: R@1, R@5 and R@10 share a row."""
+def _chinese_first(key: str) -> bool:
+    return not key.startswith("zh/")
+
+
+def _row(key: str, keys: Sequence[str]) -> tuple[str, list[str]]:
+    """A label and the keys whose values stand in it: R@1, R@5, R@10 and their mean share a row."""
     before, _, last = key.rpartition("/")
+    together = [other for other in keys if re.fullmatch(re.escape(f"{before}/") + r"r@\d+", other)]
     if last.startswith("num_"):
         return "", []
-    if last.startswith("r@"):
-        together = [other for other in keys if re.fullmatch(re.escape(f"{before}/") + r"r@\d+", other)]
-        return f"{spoken(before)}: R@" + " / ".join(other.rpartition("@")[2] for other in together), together
+    if last.startswith("r@") or (last == "mean" and together):
+        means = [f"{before}/mean"] if f"{before}/mean" in keys else []
+        label = f"{spoken(before)}: R@" + " / ".join(other.rpartition("@")[2] for other in together)
+        return label + (", mean" if means else ""), together + means
     return spoken(key), [key]
 
 
 def _cell(measured: Mapping[str, float], keys: Sequence[str]) -> str:
-    return " / ".join(_shown(key, measured[key]) for key in keys if key in measured)
-
-
-def _shown(key: str, value: float) -> str:
     """Shares in per cent; BLEU, ROUGE-L and CIDEr as their scorers give them."""
-    if re.search(r"bleu|rouge|cider", key) or not 0.0 <= value <= 1.0:
-        return f"{value:.3f}"
-    return f"{100 * value:.1f}%"
+    here = [key for key in keys if key in measured]
+    if not here:
+        return ""
+    if re.search(r"bleu|rouge|cider", here[0]) or not all(0.0 <= measured[key] <= 1.0 for key in here):
+        return " / ".join(f"{measured[key]:.3f}" for key in here)
+    shares = {key: f"{100 * measured[key]:.1f}" for key in here}
+    apart = [key for key in here if len(here) > 1 and key.endswith("/mean")]
+    recalls = " / ".join(share for key, share in shares.items() if key not in apart)
+    return ", ".join([recalls, *(shares[key] for key in apart)]) + " %"
 
 
-def _size(key: str, value: float) -> str:
-    before, _, last = key.rpartition("/")
-    where = f" ({spoken(before)})" if before else ""
-    return f"{value:g} {last.removeprefix('num_').replace('_', ' ')}{where}"
+def _sizes(measured: Sequence[Mapping[str, float]]) -> str:
+    """Of the pools: "Chinese: 256 images, 256 texts; English: ..."."""
+    found: dict[str, dict[str, None]] = {}
+    for one in measured:
+        for key in sorted(one, key=_chinese_first):
+            before, _, last = key.rpartition("/")
+            if last.startswith("num_"):
+                words = f"{one[key]:g} {last.removeprefix('num_').replace('_', ' ')}"
+                found.setdefault(spoken(before) if before else "all", {})[words] = None
+    return "; ".join(f"{where}: {', '.join(sizes)}" for where, sizes in found.items())

@@ -103,7 +103,7 @@ class Samples:
             self.problem = str(error).splitlines()[0] if str(error) else type(error).__name__
 
     def pair(self, language: str, index: int, key: str) -> RawSample | None:
-        """A sample of a pool.  Equal pictures are one there and unreadable ones left out, so it lies at `index` or later."""
+        """A sample of a pool, in which equal pictures are one and unreadable ones lack: it lies at `index` or later."""
         if self._source is None:
             return None
         size = self._source.num_samples(language)
@@ -137,7 +137,7 @@ class Samples:
         return tuple(found)
 
     def judged(self, caption: str, references: Sequence[str], sample: RawSample | None, language: str) -> bool | None:
-        """By the evaluator's judge; without one, a caption that reads like a reference is right, of others nobody knows."""
+        """By the evaluator's judge; without one, what reads like a reference is right, and nobody knows of the rest."""
         if self._judge is not None and sample is not None:
             return bool(self._judge(caption, sample, language))
         return True if is_right(caption, references) else None
@@ -165,6 +165,12 @@ class Samples:
         return int(self._source.num_samples(language)) if self._source is not None else 0
 
 
+def in_order(place: tuple[str, str]) -> tuple[str, bool, str]:
+    """Of evaluator and part: Chinese first."""
+    evaluator, part = place
+    return evaluator, not part.startswith("zh"), part
+
+
 def thumbnail(image: Any, side: int = THUMBNAIL) -> Picture:
     """Upright, RGB, at most `side` pixels long; None where it cannot be read."""
     try:
@@ -180,7 +186,7 @@ def thumbnail(image: Any, side: int = THUMBNAIL) -> Picture:
 
 def retrieved(made: PredictionSet, samples: Callable[[str], Samples], number: int) -> Iterator[Found]:
     """Successes and failures, `number` of each, for every direction and language."""
-    for (evaluator, part), rows in sorted(made.parts.items()):
+    for (evaluator, part), rows in sorted(made.parts.items(), key=lambda item: in_order(item[0])):
         language, _, direction = part.partition("/")
         ranked = [row for _, row in sorted(rows.items()) if isinstance(row.get("rank"), dict) and row["rank"]]
         if direction not in ("image_to_text", "text_to_image") or not ranked:
@@ -210,7 +216,7 @@ def _image_query(samples: Samples, row: Row, language: str, how: str) -> Query:
     rank = int(row["rank"][how])
     texts = [str(text) for text in row["best"][: NEAREST_KEPT - 1]]
     candidates = tuple(
-        Candidate(text, None, text in own or (place == 1 == rank)) for place, text in enumerate(texts, 1)
+        Candidate(text, None, text in own or (place == 1 and rank == 1)) for place, text in enumerate(texts, start=1)
     )
     missing = own[0] if own and not any(candidate.right for candidate in candidates) else ""
     return Query(str(row["query"]), _picture(sample), rank, candidates, missing)
@@ -222,7 +228,7 @@ def _text_query(samples: Samples, row: Row, language: str, how: str) -> Query:
         if place > NEAREST_KEPT:
             break
         sample = samples.pair(language, int(index), str(key))
-        right = text in samples.captions(sample, language) or place == 1 == rank
+        right = text in samples.captions(sample, language) or (place == 1 and rank == 1)
         candidates.append(Candidate(str(key), _picture(sample), right))
     return Query(text, None, rank, tuple(candidates))
 
@@ -241,7 +247,7 @@ def side_by_side(
 
     A set takes part where it has the evaluator, and a question where all of them were asked the same.
     """
-    parts = dict.fromkeys(part for _, one in made for part in sorted(one.parts))
+    parts = dict.fromkeys(part for _, one in made for part in sorted(one.parts, key=in_order))
     for evaluator, language in parts:
         having = [(name, one.parts[evaluator, language]) for name, one in made if (evaluator, language) in one.parts]
         common = [index for index in sorted(having[0][1]) if _same([rows.get(index) for _, rows in having])]
