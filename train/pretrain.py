@@ -89,12 +89,10 @@ def some_captions(sources: Mapping[str, Any], at_most: int = 2000) -> list[str]:
 
 def build_stage(config: DictConfig, run: Any, codec: Any) -> Any:
     """Model with its starting weights, and the objectives."""
+    from model.load_image_text import assemble_image_text
     from train.stage import Stage
 
-    vision = build(config.model.vision)
-    qformer = build(config.model.qformer, vocab_size=codec.vocab_size, pad_id=codec.pad_id, image_width=vision.width)
-    model = build(config.model.image_text, vision=vision, qformer=qformer)
-    report = build(config.model.weights)(model)
+    model, report = assemble_image_text(config.model, codec)
     run.say(str(report))
     return Stage(model, build(config.train.loss), run.ranks)
 
