@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,8 +14,8 @@ from data.batch import Dialogue, DialogueBatch, DialogueCodec, ImageTextBatch, T
 from data.collate import DialogueExample, Example, collate, collate_dialogues, image_key
 from data.length_groups import LengthGroups, dealt
 from data.lengths import Limits, StreamLengths, codec_digest, read_lengths, table
-from data.mixture import Mixture, Plan, Rows
-from data.source import BadSample, DialogueSource, RawDialogue, RawSample, Source
+from data.mixture import Plan, Rows
+from data.source import BadSample, RawDialogue, RawSample
 from data.steps import StepLoader
 from data.transform import PictureTransform, Transform
 
@@ -61,64 +61,37 @@ class ImageTextRecipe:
         )
 
 
+@dataclass(eq=False, repr=False)
 class Loader(StepLoader):
-    """Stage one: pairs of picture and caption.
+    """Stage one: pairs of picture and caption.  The contrastive batch is the global one divided by `accumulate`.
 
     Args:
-        sources: name -> source.
-        mixture: weights of languages and sources.
         transform: raw sample -> picture and caption.
         codec: caption -> token ids.
-        global_batch_size: pairs of one optimizer step over all ranks and micro-steps.
-        accumulate: micro-steps of one optimizer step; the contrastive batch is the global one divided by it.
-        seed: decides order, crops and caption choice.
-        rank, num_ranks: which contiguous share of every contrastive batch is made here.
-        num_workers: processes that decode; 0 decodes in the training process, None takes one for each core this rank
-            has.  The batches are the same.
         max_text_tokens: captions are cut to this many tokens, [CLS] and [SEP] included.
-        max_skip_rate, skip_window: see `SkipMonitor`; `skip_monitor` is for the trainer to feed.
-        prefetch: micro-batches that each worker prepares ahead.
-        pin_memory: page-locked batches, for faster copies to a GPU; None where CUDA is available.
-
-    Raises:
-        ValueError: a batch that ranks and micro-steps do not divide, a language nobody has.
+        others: see `StepLoader`.
     """
 
-    def __init__(
-        self,
-        sources: Mapping[str, Source],
-        mixture: Mixture,
-        transform: Transform,
-        codec: TextCodec,
-        *,
-        global_batch_size: int,
-        accumulate: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        num_ranks: int = 1,
-        num_workers: int | None = 0,
-        max_text_tokens: int = 32,
-        max_skip_rate: float = 0.01,
-        skip_window: int = 20_000,
-        prefetch: int = 2,
-        pin_memory: bool | None = None,
-    ):
-        if max_text_tokens < 3:
-            raise ValueError(f"data.loader.max_text_tokens is {max_text_tokens}; [CLS], one token and [SEP] need 3")
-        super().__init__(
-            sources,
-            mixture,
-            global_batch_size=global_batch_size,
-            accumulate=accumulate,
-            seed=seed,
-            num_ranks=num_ranks,
-            num_workers=num_workers,
-            max_skip_rate=max_skip_rate,
-            skip_window=skip_window,
-            prefetch=prefetch,
-            pin_memory=pin_memory,
+    transform: Transform
+    codec: TextCodec
+    _: KW_ONLY
+    max_text_tokens: int = 32
+
+    def __post_init__(self) -> None:
+        if self.max_text_tokens < 3:
+            raise ValueError(
+                f"data.loader.max_text_tokens is {self.max_text_tokens}; [CLS], one token and [SEP] need 3"
+            )
+        super().__post_init__()
+        self.recipe = ImageTextRecipe(
+            self.transform,
+            self.codec,
+            self.global_batch_size,
+            self.accumulate,
+            self.rank,
+            self.num_ranks,
+            self.max_text_tokens,
         )
-        self.recipe = ImageTextRecipe(transform, codec, global_batch_size, accumulate, rank, num_ranks, max_text_tokens)
 
 
 # ------------------------------------------------------------------------------------------ stage two: dialogues
@@ -183,78 +156,62 @@ class DialogueRecipe:
         )
 
 
+@dataclass(eq=False, repr=False)
 class DialogueLoader(StepLoader):
     """Stage two and domain fine-tuning: dialogues with any number of pictures.
 
     Args:
-        sources: name -> source of dialogues.
-        mixture: weights of sources and languages; with `group_steps` above 1 they hold within so many steps.
         transform: for the pictures; words are left as they are.
         codec: the language model's.
-        global_batch_size: dialogues of one optimizer step over all ranks and micro-steps.
-        accumulate, seed, rank, num_ranks, num_workers, max_skip_rate, skip_window, prefetch, pin_memory: see `Loader`.
         max_tokens: a longer dialogue loses its history first, then the beginning of its question, then the end of its
             answer; image tokens count.
         max_answer_tokens: bounds the last answer alone.
         draw_answer: where the codec trains one answer of a dialogue, which one is drawn each time, and what follows it
             is left out; False trains the last.
-        group_steps: over how many steps rows are sorted by length; 1 keeps the plan's rows in each step.
+        group_steps: over how many steps rows are sorted by length, and the mixture holds; 1 keeps the plan's rows in
+            each step.
+        others: see `StepLoader`.
 
     Raises:
         ValueError: see `StepLoader`; and dialogues that nothing is learnt from, by file and row number.
     """
 
-    def __init__(
-        self,
-        sources: Mapping[str, DialogueSource],
-        mixture: Mixture,
-        transform: PictureTransform,
-        codec: DialogueCodec,
-        *,
-        global_batch_size: int,
-        accumulate: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        num_ranks: int = 1,
-        num_workers: int | None = 0,
-        max_tokens: int = 512,
-        max_answer_tokens: int | None = None,
-        draw_answer: bool = True,
-        group_steps: int = 8,
-        max_skip_rate: float = 0.01,
-        skip_window: int = 20_000,
-        prefetch: int = 2,
-        pin_memory: bool | None = None,
-    ):
-        for name, value in (("max_tokens", max_tokens), ("max_answer_tokens", max_answer_tokens)):
+    transform: PictureTransform
+    codec: DialogueCodec
+    _: KW_ONLY
+    max_tokens: int = 512
+    max_answer_tokens: int | None = None
+    draw_answer: bool = True
+    group_steps: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_tokens", self.max_tokens), ("max_answer_tokens", self.max_answer_tokens)):
             if value is not None and value < 1:
                 raise ValueError(f"data.loader.{name} is {value}; expected tokens, 1 or more")
-        if group_steps < 1:
-            raise ValueError(f"data.loader.group_steps is {group_steps}; expected steps, 1 or more")
-        super().__init__(
-            sources,
-            mixture,
-            global_batch_size=global_batch_size,
-            accumulate=accumulate,
-            seed=seed,
-            num_ranks=num_ranks,
-            num_workers=num_workers,
-            max_skip_rate=max_skip_rate,
-            skip_window=skip_window,
-            prefetch=prefetch,
-            pin_memory=pin_memory,
-        )
-        self.codec, self.limits = codec, Limits(max_tokens, max_answer_tokens)
-        self.draw_answer, self.group_steps = draw_answer, group_steps
+        if self.group_steps < 1:
+            raise ValueError(f"data.loader.group_steps is {self.group_steps}; expected steps, 1 or more")
+        super().__post_init__()
+        self.limits = Limits(self.max_tokens, self.max_answer_tokens)
         self.lengths: list[StreamLengths] = read_lengths(
-            self.sources, self.plan.streams, codec, self.limits, workers=self.num_workers
+            self.sources, self.plan.streams, self.codec, self.limits, workers=self.workers
         )
         groups = LengthGroups(
-            [own.tokens for own in self.lengths], global_batch_size=global_batch_size, group_steps=group_steps
+            [own.tokens for own in self.lengths],
+            global_batch_size=self.global_batch_size,
+            group_steps=self.group_steps,
         )
         for line in self._left_out():
             log.warning(line)
-        self.recipe = DialogueRecipe(groups, transform, codec, self.limits, accumulate, rank, num_ranks, draw_answer)
+        self.recipe = DialogueRecipe(
+            groups,
+            self.transform,
+            self.codec,
+            self.limits,
+            self.accumulate,
+            self.rank,
+            self.num_ranks,
+            self.draw_answer,
+        )
 
     def table(self) -> str:
         """Dialogues, their lengths and what is cut or left out, by source and language: for the start of a run."""

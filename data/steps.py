@@ -13,7 +13,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
@@ -120,45 +120,57 @@ class MicroBatches(Dataset[MicroBatch]):
         )
 
 
+@dataclass(eq=False, repr=False)
 class StepLoader:
-    """Endless steps of training batches; the loader of a stage sets its `recipe`.
+    """Endless steps of training batches; the loader of a stage adds what it reads by, and sets its `recipe`.
+
+    Args:
+        sources: name -> source.
+        mixture: weights of languages and sources.
+        global_batch_size: samples of one optimizer step over all ranks and micro-steps.
+        accumulate: micro-steps of one optimizer step.
+        seed: decides order, crops and which candidate is drawn.
+        rank, num_ranks: which share of every batch is made here.
+        num_workers: processes that decode; 0 decodes in the training process, None takes one for each core this rank
+            has.  The batches are the same.
+        max_skip_rate, skip_window: see `SkipMonitor`; `skip_monitor` is for the trainer to feed.
+        prefetch: micro-batches that each worker prepares ahead.
+        pin_memory: page-locked batches, for faster copies to a GPU; None where CUDA is available.
 
     Raises:
         ValueError: a batch that ranks and micro-steps do not divide, a language nobody has.
     """
 
-    recipe: Recipe[Any]
+    sources: Mapping[str, Any]  # AnySource, of one kind
+    mixture: Mixture
+    _: KW_ONLY
+    global_batch_size: int
+    accumulate: int = 1
+    seed: int = 0
+    rank: int = 0
+    num_ranks: int = 1
+    num_workers: int | None = 0
+    max_skip_rate: float = 0.01
+    skip_window: int = 20_000
+    prefetch: int = 2
+    pin_memory: bool | None = None
 
-    def __init__(
-        self,
-        sources: Mapping[str, AnySource],
-        mixture: Mixture,
-        *,
-        global_batch_size: int,
-        accumulate: int,
-        seed: int,
-        num_ranks: int,
-        num_workers: int | None,
-        max_skip_rate: float,
-        skip_window: int,
-        prefetch: int,
-        pin_memory: bool | None,
-    ):
-        if global_batch_size < 1 or global_batch_size % (accumulate * num_ranks):
+    recipe: Recipe[Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        unit = self.accumulate * self.num_ranks
+        if self.global_batch_size < 1 or self.global_batch_size % unit:
             raise ValueError(
-                f"train.global_batch_size={global_batch_size} cannot be divided by train.accumulate={accumulate} times "
-                f"{num_ranks} ranks; the nearest that can: {_nearest(global_batch_size, accumulate * num_ranks)}"
+                f"train.global_batch_size={self.global_batch_size} cannot be divided by train.accumulate="
+                f"{self.accumulate} times {self.num_ranks} ranks; the nearest that can: "
+                f"{_nearest(self.global_batch_size, unit)}"
             )
-        if not sources:
+        if not self.sources:
             raise ValueError("data.source is empty: expected at least one source, e.g. data.source.mine with its paths")
-        self.sources: dict[str, Any] = dict(sources)
-        self.global_batch_size, self.accumulate = global_batch_size, accumulate
-        self.num_workers = _cores_of_a_rank() if num_workers is None else num_workers
-        self.prefetch = prefetch
-        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
-        self.plan = mixture.plan(self.sources, seed=seed)
+        self.workers = _cores_of_a_rank() if self.num_workers is None else self.num_workers
+        self.plan = self.mixture.plan(self.sources, seed=self.seed)
         self.languages = self.plan.languages
-        self.skip_monitor = SkipMonitor(max_skip_rate, skip_window)
+        self.skip_monitor = SkipMonitor(self.max_skip_rate, self.skip_window)
 
     def steps(self, first_step: int = 0) -> Iterator[StepBatches]:
         """Step first_step, first_step + 1, ... without end; the same rows wherever it starts."""
@@ -176,7 +188,7 @@ class StepLoader:
 
     def _data_loader(self, first_step: int) -> DataLoader[MicroBatch]:
         parallel: dict[str, Any] = {}
-        if self.num_workers:
+        if self.workers:
             # fork: workers share the index arrays instead of getting a copy each
             parallel = {"multiprocessing_context": "fork", "worker_init_fn": _one_thread}
             parallel["prefetch_factor"] = self.prefetch
@@ -185,8 +197,8 @@ class StepLoader:
             MicroBatches(self.sources, self.plan, self.recipe, self.accumulate),
             batch_size=None,
             sampler=_Numbers(first_step * self.accumulate),
-            num_workers=self.num_workers,
-            pin_memory=self.pin_memory,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available() if self.pin_memory is None else self.pin_memory,
             generator=torch.Generator(),  # its own, or starting workers would move the global random state
             **parallel,
         )
@@ -199,7 +211,7 @@ class StepLoader:
                 raise
             raise RuntimeError(
                 f"a data worker died ({error}). Usual causes: no room in /dev/shm (in a container: --shm-size=16g) or "
-                f"in memory. data.loader.num_workers={self.num_workers} and prefetch={self.prefetch} say how much is "
+                f"in memory. data.loader.num_workers={self.workers} and prefetch={self.prefetch} say how much is "
                 f"held; num_workers=0 decodes in the training process and shows the real error."
             ) from error
 

@@ -206,8 +206,9 @@ class _Checker:
 
 def _hints_of(target: Any) -> dict[str, Any]:
     """Parameter -> annotation; nothing for what cannot be resolved."""
+    by_field = not inspect.isclass(target) or is_dataclass(target)  # inherited ones are written in other modules' words
     try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+        return typing.get_type_hints(target if by_field else target.__init__, include_extras=True)
     except (NameError, TypeError, AttributeError):
         return {}
 
