@@ -303,7 +303,7 @@ def test_every_word_can_learn(family: str) -> None:
 
 @pytest.mark.parametrize(("family", "rope"), [("chatglm2", "interpolation"), ("chatglm3", "ratio"), ("glm4", "ratio")])
 def test_a_family_takes_its_own_word_for_the_rope_and_no_other(family: str, rope: str) -> None:
-    """Configs are checked against this signature; a rope_ratio that ChatGLM2 took for a base would be silently wrong."""
+    """Configs are held to this signature; a rope_ratio taken for a base by ChatGLM2 would be wrong in silence."""
     parameters = inspect.signature(BUILD[family]).parameters
     assert {name for name in parameters if "rope" in name} == {f"rope_{rope}"}
     assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters.values())
