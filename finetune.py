@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from train.config import build, from_command_line
 from train.failure import user_errors
+from train.loading import build_loader, build_sources
 
 
 def main() -> None:
@@ -20,11 +21,10 @@ def main() -> None:
 
     with user_errors():
         run = start(config)
-        nodes = config.data.source
-        named = {"source": nodes} if "_target_" in nodes else nodes
-        sources = {name: build(node) for name, node in named.items() if node is not None}
+        sources = build_sources(config)
         llm = build_llm(config, run, sources)
         loader = build_loader(config, run, sources, llm.codec)
+        run.say(loader.table())
         stage = build_stage(config, run, llm)
         evaluators = [build(node, codec=llm.codec, name=name) for name, node in config.train.evaluator.items() if node]
         flops = stage.model.train_flops_per_sample
@@ -45,42 +45,30 @@ def build_llm(config: DictConfig, run: Any, sources: Any) -> Any:
 
     folder = Path(config.model.llm.folder)
     if run.ranks.is_first and not (folder / "config.json").is_file():
-        dialogues = some_dialogues(sources)
+        dialogues, descriptions = some_dialogues(sources)
         run.say(f"a small language model learns {len(dialogues)} dialogues first, without their pictures: {folder}")
-        made(dialogues=dialogues)
+        made(dialogues=dialogues, descriptions=descriptions)
     run.ranks.barrier()
     return load(folder)
 
 
-def some_dialogues(sources: Any, at_most: int = 2000) -> list[Any]:
-    """Texts of every source and language, evenly, without opening a picture."""
+def some_dialogues(sources: Any, at_most: int = 6000) -> tuple[list[Any], list[Any]]:
+    """Texts of every source and language, evenly, without opening a picture; and what is known of the pictures."""
     from data.source import BadSample
 
-    found = []
+    found, descriptions = [], []
     for source in sources.values():
+        describe = getattr(source, "descriptions", lambda language, index: ())
         for language in source.languages:
             size = source.num_samples(language)
             for index in range(0, size, max(1, size // at_most)):
                 try:
-                    found += source.dialogues(language, index)
+                    candidates = source.dialogues(language, index)
                 except BadSample:
                     continue
-    return found
-
-
-def build_loader(config: DictConfig, run: Any, sources: Any, codec: Any) -> Any:
-    return build(
-        config.data.loader,
-        sources=sources,
-        mixture=build(config.data.mixture),
-        transform=build(config.data.transform),
-        codec=codec,
-        global_batch_size=config.train.global_batch_size,
-        accumulate=config.train.accumulate,
-        seed=config.run.seed,
-        rank=run.ranks.rank,
-        num_ranks=run.ranks.count,
-    )
+                found += candidates
+                descriptions += [describe(language, index)] * len(candidates)
+    return found, descriptions
 
 
 def build_stage(config: DictConfig, run: Any, llm: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The demo: stage one from pictures to a table of results, on a CPU.  `bash scripts/demo.sh` sets up and calls this.
+"""The demo: from pictures through stages one and two and a fine-tuning to tables, on a CPU; scripts/demo.sh calls it.
 
     python scripts/demo.py [--dir outputs/demo] [--fresh] [key=value ...]
 
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 NUM_SCENES, VOCAB_SIZE = 12000, 1000
 NAMES = {"zh": "Chinese", "en": "English"}
-OUR_FOLDERS = ("scenes", "shards", "tokenizer", "checkpoints", "report", "wandb")
+OUR_FOLDERS = ("scenes", "shards", "tokenizer", "checkpoints", "report", "wandb", "stage_two", "finetune")
+NUM_PARTS = 8
+LATER = {  # what follows stage one
+    "stage_two": "stage two: a tiny ChatGLM learns the texts of training scenes, is frozen, the Q-Former speaks to it",
+    "finetune": "fine-tuning with LoRA: reports of grey pictures; one row in four stays a coloured scene",
+}
 OUR_FILES = ("config.yaml", "metrics.jsonl", "prepared.json")
 
 
@@ -47,27 +52,37 @@ def main() -> None:
         sys.exit("train.eval_every=0 would leave the demo without numbers to report; give it 1 or more")
     if options.fresh:
         remove(folder)
-    done = finished(folder, config)
-    if done is not None:
-        print(f"The demo in {folder} is done already; bash scripts/demo.sh --fresh starts afresh.\n\n{table(done)}")
-    else:
-        started = time.monotonic()
+    started = time.monotonic()
+    reported = finished(folder, config)
+    later = later_runs(folder)
+    tuned = reported is not None and all(is_done(run, steps) for run, steps, _ in later)
+    if tuned:
+        print(f"The demo in {folder} is done already; bash scripts/demo.sh --fresh starts afresh.")
+    if reported is None:
         prepare(folder)
-        with part(4, f"train, {config.train.steps} steps; interrupted, the same command goes on from the last save"):
-            train(folder, config, overrides)
-        with part(5, "report on 256 scenes whose compositions never occur in training"):
-            metrics = report(folder, config)
-        print(f"\n{table(metrics)}\n\nAll of it took {(time.monotonic() - started) / 60:.1f} minutes.")
+        with part(4, f"stage one, {config.train.steps} steps; interrupted, the same command goes on from there"):
+            train(folder, config.train.steps, ["-m", "train.pretrain", *overrides])
+        with part(5, "its report on 256 scenes whose compositions never occur in training"):
+            reported = report(folder, config)
+    print(f"\n{table(reported)}", flush=True)
+    for number, (run, steps, overrides) in enumerate(later, start=6):
+        if not is_done(run, steps):
+            with part(number, LATER[run.name]):
+                train(run, steps, ["finetune.py", *overrides])
+    with nullcontext() if tuned else part(8, "report on unseen scenes, before and after"):
+        answers(folder)
+    if not tuned:
+        print(f"\nAll of it took {(time.monotonic() - started) / 60:.1f} minutes.")
     print(what_next(folder))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="bash scripts/demo.sh", description="Stage one on synthetic scenes, on a CPU."
+        prog="bash scripts/demo.sh", description="All stages on synthetic scenes, on a CPU."
     )
     parser.add_argument("--dir", type=Path, default=Path("outputs/demo"), help="where everything goes (%(default)s)")
     parser.add_argument("--fresh", action="store_true", help="remove what an earlier demo left there, start afresh")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for train.pretrain, e.g. train.steps=4000")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for stage one, e.g. train.steps=4000")
     options = parser.parse_args()
     for text in options.overrides:
         if "=" not in text:
@@ -87,7 +102,7 @@ def remove(folder: Path) -> None:
 
 
 def finished(folder: Path, config: DictConfig) -> dict[str, float] | None:
-    """The metrics of a demo that has been through all parts with as many steps."""
+    """The metrics of a demo that has been through stage one with as many steps."""
     file = folder / "report" / "report.json"
     if not file.exists():
         return None
@@ -97,7 +112,7 @@ def finished(folder: Path, config: DictConfig) -> dict[str, float] | None:
 
 @contextmanager
 def part(number: int, what: str) -> Iterator[None]:
-    print(f"\n[{number}/5] {what}", flush=True)
+    print(f"\n[{number}/{NUM_PARTS}] {what}", flush=True)
     started = time.monotonic()
     yield
     print(f"      {time.monotonic() - started:.0f} s", flush=True)
@@ -114,7 +129,7 @@ def prepare(folder: Path) -> None:
     marker = folder / "prepared.json"
     fingerprint = {**scenes.fingerprint(), "vocab_size": VOCAB_SIZE}
     if marker.exists() and json.loads(marker.read_text("utf-8")) == fingerprint:
-        print("[1-3/5] shards and tokenizer are there already")
+        print(f"[1-3/{NUM_PARTS}] shards and tokenizer are there already")
         return
     with part(1, f"draw {NUM_SCENES} scenes with Chinese and English captions"):
         pairs = scenes.write_pairs(folder / "scenes")
@@ -140,9 +155,9 @@ def train_tokenizer(scenes: Any, folder: Path) -> None:
     train_wordpiece(texts, VOCAB_SIZE, folder)
 
 
-def train(folder: Path, config: DictConfig, overrides: list[str]) -> None:
+def train(folder: Path, steps: int, command: list[str]) -> None:
     """Ends the demo too where the training failed or was interrupted."""
-    process = subprocess.Popen([sys.executable, "-m", "train.pretrain", *overrides])
+    process = subprocess.Popen([sys.executable, *command])
     code = None
     while code is None:
         try:
@@ -151,26 +166,58 @@ def train(folder: Path, config: DictConfig, overrides: list[str]) -> None:
             continue
     if code:
         sys.exit(code)
+    newest = newest_checkpoint(folder)
+    if newest is None or newest.name != f"step_{steps}":
+        sys.exit(f"The training stopped at {newest.name if newest else 'step 0'}; the same command goes on from there.")
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
     from train.checkpoint import Checkpoints
     from train.distributed import Ranks
 
-    newest, _ = Checkpoints(folder, Ranks.alone(), keep=config.train.keep_checkpoints).newest()
-    if newest is None or newest.name != f"step_{config.train.steps}":
-        sys.exit(f"The training stopped at {newest.name if newest else 'step 0'}; the same command goes on from there.")
+    return Checkpoints(folder, Ranks.alone(), keep=1).newest()[0]
+
+
+def later_runs(folder: Path) -> list[tuple[Path, int, list[str]]]:
+    """Stage two and the fine-tuning: where, how many steps, and what their command says."""
+    from train.config import compose
+
+    aligned, tuned = (folder / name for name in LATER)
+    commands = {
+        aligned: ["experiment=demo_stage_two", f"model.weights.stage_one={folder}"],
+        tuned: [
+            "experiment=demo_finetune",
+            f"model.weights.vision={folder}",
+            f"model.weights.stage_one={aligned}",
+            f"model.llm.folder={aligned / 'llm'}",
+        ],
+    }
+    overrides = {run: [*command, f"run.dir={run}"] for run, command in commands.items()}
+    return [(run, compose("finetune", told).train.steps, told) for run, told in overrides.items()]
+
+
+def is_done(run: Path, steps: int) -> bool:
+    """Whether finetune.py is through: what it writes last, from the last step."""
+    newest = newest_checkpoint(run)
+    return newest is not None and newest.name == f"step_{steps}" and (run / "adapter/trained.safetensors").is_file()
+
+
+def answers(folder: Path) -> None:
+    subprocess.run([sys.executable, "scripts/demo_answers.py", str(folder)], check=True)
 
 
 def report(folder: Path, config: DictConfig) -> dict[str, float]:
     """The last evaluation's numbers; examples from the newest checkpoint.  Writes report.json and examples.png."""
     import torch
 
-    from train.checkpoint import Checkpoints, load_weights
+    from train.checkpoint import load_weights
     from train.config import build
     from train.distributed import Ranks
     from train.pretrain import build_evaluators, build_stage
     from train.run import Run
 
     ranks, device = Ranks.alone(), torch.device("cpu")
-    newest, _ = Checkpoints(folder, ranks, keep=config.train.keep_checkpoints).newest()
+    newest = newest_checkpoint(folder)
     assert newest is not None, f"training left no checkpoint in {folder}"
     codec = build(config.model.tokenizer)
 
@@ -302,8 +349,9 @@ def running_mean(values: list[float], span: int = 9) -> list[float]:
 
 def what_next(folder: Path) -> str:
     return f"""
-  {folder}/report/examples.png    examples and loss curves
-  {folder}/metrics.jsonl          every number of the run
+  {folder}/report/examples.png    stage one: examples and loss curves
+  {folder}/report/answers.png     stage two and fine-tuning: answers before and after
+  {folder}/metrics.jsonl          every number of stage one; those of the others in stage_two/ and finetune/
   {folder}/config.yaml            every setting of it
 
 What to do next
@@ -311,7 +359,8 @@ What to do next
   your own pictures          python scripts/pack_shards.py --help
                              python scripts/pack_shards.py PAIRS.jsonl datasets/mine
                              python -m train.pretrain experiment=stage_one/emoji data.source.shards.paths=datasets/mine
-  every key of a run         python -m train.pretrain --help
+  talk to what was trained   python scripts/chat.py --help
+  every key of a run         python -m train.pretrain --help;  python finetune.py --help
   what this machine can do   python scripts/doctor.py"""
 
 

@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 _MAX_BLANKS = 80  # `<|blank_2|>` to `<|blank_80|>` (SPTokenizer.max_blank_length)
 
@@ -61,11 +61,19 @@ class Pieces:
         return text
 
 
-def train_pieces(texts: Iterable[str], path: Path, *, vocab_size: int, special: Iterable[str]) -> Path:
+def train_pieces(
+    texts: Iterable[str],
+    path: Path,
+    *,
+    vocab_size: int,
+    special: Iterable[str],
+    model_type: Literal["unigram", "bpe"] = "unigram",
+) -> Path:
     """A small `ice_text.model` from texts, for models that are trained from nothing.
 
     <unk> is 0 and <pad> 3, as in ChatGLM-6B; `special` and the pieces for white space follow.  Fewer pieces than
-    `vocab_size` are made where the texts do not give so many.  The same texts make the same file.
+    `vocab_size` are made where the texts do not give so many.  The same texts make the same file.  Where they are few
+    and alike, "unigram" keeps whole Chinese sentences as pieces and cuts English words; "bpe" has words in both.
     """
     from sentencepiece import SentencePieceTrainer
 
@@ -75,6 +83,7 @@ def train_pieces(texts: Iterable[str], path: Path, *, vocab_size: int, special: 
         sentence_iterator=(text.replace("\n", "<n>") for text in texts),
         model_writer=model,
         vocab_size=vocab_size,
+        model_type=model_type,
         hard_vocab_limit=False,
         character_coverage=1.0,
         normalization_rule_name="identity",  # full-width marks stay what they are

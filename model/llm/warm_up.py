@@ -1,20 +1,21 @@
 """A small ChatGLM from nothing, for a CPU: tokenizer and network learn a run's own dialogues, then they are frozen.
 
 A frozen language model is worth a projection's trouble only if it answers from what stands at the image tokens.  So it
-learns that here, without a picture: words of the answer are put where the image tokens will be, as many as fit.  Some
-rows have none there and learn what answers sound like.
+learns that here, without a picture: words of a description of the picture, in any language, or of the answer where
+there is none, are put where the image tokens will be.  Some rows have nothing there and learn what answers sound like.
 
-Shape letters   B = rows   L = length   T = tokens to predict
+Shape letters   B = rows   L = length   T = tokens to predict   W = words of hints   P = places they take   D = width
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +26,27 @@ from data.batch import IGNORED, Dialogue, DialogueBatch, EncodedDialogue
 from model.llm.chatglm import SPECIAL, TEMPLATES, ChatGLM, ChatGLMCodec, chatglm
 from model.llm.pieces import train_pieces
 
+Hint = Literal["some", "pooled"]
 CONFIG, WEIGHTS, TOKENIZER = "config.json", "model.safetensors", "ice_text.model"
 
 
 def warm_up(
     *,
     dialogues: Sequence[Dialogue],
+    descriptions: Sequence[Sequence[str]] | None = None,
     folder: str | Path,
     hidden_size: int = 128,
     num_layers: int = 4,
     num_heads: int = 4,
     inner_size: int = 512,
     max_pieces: int = 2000,
+    pieces: Literal["unigram", "bpe"] = "unigram",
     num_image_tokens: int = 8,
     steps: int = 600,
     batch_size: int = 32,
     lr: float = 2e-3,
+    muon_lr: float | None = None,
+    hint: Hint = "some",
     blind: float = 0.3,
     max_tokens: int = 256,
     seed: int = 0,
@@ -49,23 +55,29 @@ def warm_up(
 
     Args:
         dialogues: of the training data alone; pictures are counted in them, not needed.
+        descriptions: for each dialogue, what its picture shows, in any words and languages; none: its answer.
         folder: where it is written.
-        max_pieces: of its tokenizer.
+        max_pieces, pieces: of its tokenizer, see `train_pieces`.
         num_image_tokens: of a picture, as many as the Q-Former has queries.
-        blind: share of the rows that see none of the answer.
+        lr, muon_lr: AdamW's; Muon's for the matrices of the blocks (null: AdamW too), which takes half the steps.
+        hint: "some": a word at each place, as many as fit.  "pooled": all words, in as many parts as there are places,
+            each part's embeddings averaged; nearer to what a projection says, and the description is whole.
+        blind: share of the rows that see no hint.
         max_tokens: longer dialogues are cut (`data.batch.DialogueCodec.encode`).
     Raises:
-        ValueError: no dialogue.
+        ValueError: no dialogue, or not a description for each.
     """
     folder = Path(folder).expanduser()
     if (folder / CONFIG).is_file():
         return folder
     if not dialogues:
         raise ValueError("there is no dialogue to warm a language model up on")
+    if descriptions is not None and len(descriptions) != len(dialogues):
+        raise ValueError(f"{len(descriptions)} descriptions for {len(dialogues)} dialogues")
     writing = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir(parents=True)
-    train_pieces(_texts(dialogues), writing / TOKENIZER, vocab_size=max_pieces, special=_SPECIAL)
+    train_pieces(_texts(dialogues), writing / TOKENIZER, vocab_size=max_pieces, special=_SPECIAL, model_type=pieces)
     codec = ChatGLMCodec(writing, num_image_tokens=num_image_tokens)
     sizes = {
         "hidden_size": hidden_size,
@@ -78,7 +90,9 @@ def warm_up(
         torch.manual_seed(seed)
         llm = _built(writing, sizes, num_image_tokens, frozen=False, initial_std=hidden_size**-0.5)
         encoded = [codec.encode(dialogue, max_tokens=max_tokens) for dialogue in dialogues]
-        loss = _train(llm, codec, encoded, steps=steps, batch_size=batch_size, lr=lr, blind=blind)
+        hints = Hints(codec, encoded, descriptions, kind=hint, blind=blind)
+        optimizers = _optimizers(llm, lr=lr, muon_lr=muon_lr)
+        loss = _train(llm, optimizers, encoded, hints, steps=steps, batch_size=batch_size)
     save_file({n: p.detach().contiguous() for n, p in llm.network.named_parameters()}, writing / WEIGHTS)
     (writing / CONFIG).write_text(json.dumps(chatglm_config(sizes, codec, loss), indent=1), "utf-8")
     shutil.rmtree(folder, ignore_errors=True)
@@ -126,59 +140,121 @@ def _built(
     )
 
 
+def _optimizers(llm: ChatGLM, *, lr: float, muon_lr: float | None) -> list[torch.optim.Optimizer]:
+    named = dict(llm.network.named_parameters())
+    of_muon = [n for n, p in named.items() if muon_lr is not None and p.ndim == 2 and ".layers." in n]
+    others = [parameter for name, parameter in named.items() if name not in of_muon]
+    found: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)]
+    if muon_lr is not None:
+        matrices = [named[name] for name in of_muon]
+        found.append(torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"))
+    return found
+
+
 def _train(
-    llm: ChatGLM, codec: ChatGLMCodec, encoded: Sequence[EncodedDialogue], *, steps: int, batch_size: int, lr: float,
-    blind: float,
-) -> float:  # fmt: skip
+    llm: ChatGLM,
+    optimizers: Sequence[torch.optim.Optimizer],
+    encoded: Sequence[EncodedDialogue],
+    hints: Hints,
+    *,
+    steps: int,
+    batch_size: int,
+) -> float:
     """-> mean loss of the last tenth"""
-    optimizer = torch.optim.AdamW(llm.network.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     llm.train()
     losses: list[float] = []
     for step in range(steps):
         warm = min(1.0, (step + 1) / max(1, steps // 20))
-        for group in optimizer.param_groups:
-            group["lr"] = lr * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-        chosen = [encoded[i] for i in torch.randint(len(encoded), (batch_size,)).tolist()]
-        loss = _loss(llm, *_hinted(codec, chosen, blind))
-        optimizer.zero_grad()
+        for group, peak in peaks:
+            group["lr"] = peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        chosen = torch.randint(len(encoded), (batch_size,)).tolist()
+        batch = _collated([encoded[i] for i in chosen], hints.codec.pad_id)
+        loss = _loss(llm, batch, hints.put(llm, batch, chosen))
+        for optimizer in optimizers:
+            optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(llm.network.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         losses.append(loss.item())
     llm.eval()
     last = losses[-max(1, steps // 10) :]
     return math.fsum(last) / len(last)
 
 
-def _loss(llm: ChatGLM, batch: DialogueBatch, hinted_BL: Tensor) -> Tensor:
-    """The usual one; `hinted_BL` is what is embedded, the batch's own ids say where what stands."""
-    hidden_BLD = llm.hidden(llm.embed(hinted_BL), batch.ids_BL, batch.mask_BL)
+def _loss(llm: ChatGLM, batch: DialogueBatch, embedded_BLD: Tensor) -> Tensor:
+    hidden_BLD = llm.hidden(embedded_BLD, batch.ids_BL, batch.mask_BL)
     label_BL = batch.labels_BL[:, 1:]
     is_label_BL = label_BL != IGNORED
     return F.cross_entropy(llm.logits(hidden_BLD[:, :-1][is_label_BL]), label_BL[is_label_BL])
 
 
-def _hinted(codec: ChatGLMCodec, rows: Sequence[EncodedDialogue], blind: float) -> tuple[DialogueBatch, Tensor]:
-    """A batch, and its ids with words of the answer, in their order, at the places of the first picture's tokens."""
+def _collated(rows: Sequence[EncodedDialogue], pad_id: int) -> DialogueBatch:
     empty = torch.zeros(0, dtype=torch.uint8)
-    batch = DialogueBatch.collate(
+    return DialogueBatch.collate(
         rows,
         [[empty] * len(row.image_starts) for row in rows],
-        pad_id=codec.pad_id,
+        pad_id=pad_id,
         image_size=1,
         language_of=["any"] * len(rows),
         languages=("any",),
     )
-    hinted_BL = batch.ids_BL.clone()
-    for number, row in enumerate(rows):
-        if not row.image_starts or torch.rand(()) < blind:
-            continue
-        special = set(codec.ids.values())
-        answer = torch.tensor([i for i in row.labels if i != IGNORED and i not in special])
-        kept = torch.randperm(len(answer))[: codec.num_image_tokens].sort().values
-        place = torch.randperm(codec.num_image_tokens)[: len(kept)].sort().values
-        hinted_BL[number, row.image_starts[0] + place] = answer[kept]
-    return batch, hinted_BL
+
+
+class Hints:
+    """What stands at the places of a dialogue's first picture; see `warm_up`."""
+
+    def __init__(
+        self,
+        codec: ChatGLMCodec,
+        encoded: Sequence[EncodedDialogue],
+        descriptions: Sequence[Sequence[str]] | None,
+        *,
+        kind: Hint,
+        blind: float,
+    ) -> None:
+        self.codec, self.encoded, self.descriptions = codec, encoded, descriptions
+        self.kind, self.blind = kind, blind
+
+    def put(self, llm: ChatGLM, batch: DialogueBatch, numbers: Sequence[int]) -> Tensor:
+        """-> embedded_BLD of a batch of the dialogues `numbers`, with their hints"""
+        embedded_BLD = llm.embed(batch.ids_BL)
+        words: list[int] = []  # of all hints, one after the other
+        part_W: list[int] = []  # in whose part they are
+        place_P: list[tuple[int, int]] = []  # row and position of each part
+        for row, number in enumerate(numbers):
+            starts = self.encoded[number].image_starts
+            if not starts or torch.rand(()) < self.blind:
+                continue
+            parts = self._parts(self._words(number))
+            places = torch.randperm(self.codec.num_image_tokens)[: len(parts)].sort().values.tolist()
+            for part, place in zip(parts, places, strict=True):
+                part_W += [len(place_P)] * len(part)
+                words += part
+                place_P.append((row, starts[0] + place))
+        if not words:
+            return embedded_BLD
+        index_W, (row_P, position_P) = torch.tensor(part_W), torch.tensor(place_P).T
+        word_WD = llm.embed(torch.tensor(words)) / index_W.bincount()[index_W][:, None]
+        mean_PD = embedded_BLD.new_zeros(len(place_P), llm.width).index_add(0, index_W, word_WD)
+        return embedded_BLD.index_put((row_P, position_P), mean_PD)
+
+    def _words(self, number: int) -> list[int]:
+        if self.descriptions is not None and len(self.descriptions[number]):
+            texts = self.descriptions[number]
+            return self.codec.pieces.encode(texts[int(torch.randint(len(texts), ()))])
+        special = set(self.codec.ids.values())
+        return [i for i in self.encoded[number].labels if i != IGNORED and i not in special]
+
+    def _parts(self, words: list[int]) -> list[list[int]]:
+        """As many as there are places, or words."""
+        if self.kind == "some":
+            kept = torch.randperm(len(words))[: self.codec.num_image_tokens].sort().values.tolist()
+            return [[words[i]] for i in kept]
+        number = min(self.codec.num_image_tokens, len(words))
+        cuts = [round(i * len(words) / number) for i in range(number + 1)]
+        return [words[start:end] for start, end in itertools.pairwise(cuts)]
 
 
 def chatglm_config(sizes: Mapping[str, Any], codec: ChatGLMCodec, loss: float) -> dict[str, Any]:

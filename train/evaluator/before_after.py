@@ -13,14 +13,8 @@ _NO_METRIC = ("kind", "step", "evaluator", "time")
 
 def before_and_after(metrics_file: Path) -> str:
     """From `metrics.jsonl`, so that a run that was interrupted has it too; "" where nothing was measured twice."""
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for text in metrics_file.read_text(encoding="utf-8").splitlines():
-        line = json.loads(text)
-        if line["kind"] == "eval":
-            lines.setdefault(line["evaluator"], []).append(line)
     rows = [("measured", "step", "before", "step", "after")]
-    for evaluator, measured in lines.items():
-        first, last = min(measured, key=_step), max(measured, key=_step)
+    for evaluator, (first, last) in first_and_last(metrics_file).items():
         if _step(first) == _step(last):
             continue
         for name, value in last.items():
@@ -30,6 +24,16 @@ def before_and_after(metrics_file: Path) -> str:
                 (f"{evaluator}/{name}", str(first["step"]), f"{first[name]:.4g}", str(last["step"]), f"{value:.4g}")
             )
     return format_table(rows) if len(rows) > 1 else ""
+
+
+def first_and_last(metrics_file: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Each evaluator's lines of the earliest step and of the latest, which may be the same."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for text in metrics_file.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        if line["kind"] == "eval":
+            lines.setdefault(line["evaluator"], []).append(line)
+    return {name: (min(measured, key=_step), max(measured, key=_step)) for name, measured in lines.items()}
 
 
 def _step(line: dict[str, Any]) -> int:

@@ -1,0 +1,114 @@
+"""What the demo's stage two and fine-tuning came to: a table, and a picture with answers before and after.
+
+    python scripts/demo_answers.py [outputs/demo]
+
+`scripts/demo.py` calls it; the picture is report/answers.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = {"zh": "Chinese", "en": "English"}
+PARTS = {  # the run, what its part of the table is called, and its evaluators
+    "stage_two": ("stage two, the language model frozen", {"captions": "captions", "answers": "questions answered"}),
+    "finetune": (
+        "fine-tuning on grey pictures with LoRA",
+        {
+            "reports": "reports",
+            "findings": "findings",
+            "captions": "not forgotten: captions",
+            "answers": "not forgotten: questions",
+        },
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Table and picture of the demo's stage two and fine-tuning.")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("outputs/demo"), help="(%(default)s)")
+    folder: Path = parser.parse_args().folder
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    sys.path.insert(0, str(ROOT))
+    for run in PARTS:
+        if not (folder / run / "metrics.jsonl").is_file():
+            sys.exit(f"there is no run in {folder / run}: bash scripts/demo.sh makes it")
+    print(table(folder))
+    picture = folder / "report" / "answers.png"
+    newest = max((folder / run / "metrics.jsonl").stat().st_mtime for run in PARTS)
+    if not picture.is_file() or picture.stat().st_mtime < newest:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        draw(folder).save(picture, optimize=True)
+
+
+def table(folder: Path) -> str:
+    """Before and after, for each language, in percent of unseen scenes."""
+    from train.evaluator.before_after import first_and_last
+
+    found = {run: first_and_last(folder / run / "metrics.jsonl") for run in PARTS}
+    size = int(found["stage_two"]["captions"][1]["zh/num_questions"])
+    lines = [
+        f"{f'{size} unseen scenes, exactly right':<44}" + "".join(f"{name:^16}" for name in NAMES.values()),
+        " " * 44 + f"{'before':>8}{'after':>8}" * len(NAMES),
+    ]
+    for run, (title, evaluators) in PARTS.items():
+        lines.append(title)
+        for evaluator, says in evaluators.items():
+            first, last = found[run][evaluator]
+            numbers = [line[f"{language}/normalised_match"] for language in NAMES for line in (first, last)]
+            lines.append(f"  {says:<42}" + "".join(f"{number:>8.1%}" for number in numbers))
+    return "\n".join(lines)
+
+
+def draw(folder: Path, number: int = 5) -> Image.Image:
+    """Coloured scenes with what the aligned model says; grey ones with reports before and after the fine-tuning."""
+    from model.load import load
+    from train.evaluator.picture import text_beside_images
+
+    aligned, tuned = load(folder / "stage_two", device="cpu"), load(folder / "finetune", device="cpu")
+    told = answers(folder, "captions", {"": aligned}, number) + answers(folder, "answers", {"": aligned}, number)
+    told += answers(folder, "reports", {"before  ": aligned, "after     ": tuned}, 2 * number)
+    return text_beside_images(told, columns=2)
+
+
+def answers(folder: Path, evaluator: str, models: dict[str, Any], number: int) -> list[Any]:
+    """For some pictures of an evaluator: the pixels, and the lines to stand beside them."""
+    import numpy as np
+    import torch
+    from omegaconf import OmegaConf
+
+    from train.config import build
+    from train.distributed import Ranks
+    from train.evaluator.answers import is_right
+    from train.evaluator.predictions import Predictions
+
+    node = OmegaConf.load(folder / "finetune" / "config.yaml").train.evaluator[evaluator]
+    ranks = Ranks.alone()
+    found: dict[int, list[tuple[str, bool | None]]] = {}
+    for says, model in models.items():
+        asking = build({**node, "num_samples": number}, codec=model.llm.codec, name=evaluator)
+        for language in NAMES:
+            rows = asking.answers(model, language, torch.device("cpu"), ranks, Predictions(ranks))
+            for index, row in rows.items():
+                said, right = str(row["answer"]), is_right(str(row["answer"]), row["right"])
+                told = found.setdefault(index, [])
+                if says in ("", next(iter(models))):
+                    told.append((str(row["question"]), None))
+                told.append((says + said, right))
+    picture = asking.transform.picture
+    return [
+        (picture(asking.source.read("zh", index).images[0], np.random.default_rng(0)), told)
+        for index, told in sorted(found.items())
+    ]
+
+
+if __name__ == "__main__":
+    main()
