@@ -135,6 +135,16 @@ def test_an_answer_with_the_words_of_the_template_is_whole(session: Session) -> 
     assert running._answers == [Answer("圆答：红色问：圆", len(answer), "stop")]
 
 
+def test_what_was_held_back_is_shown_at_the_end(session: Session) -> None:
+    codec: Any = session.codec
+    ids = codec.pieces.encode("圆 <im")
+    running = session.answers([session.ask(None, "描述")])
+    for number, token in enumerate(ids, start=1):
+        running._add(0, token, has_ended=number == len(ids))
+        assert number == len(ids) or "<" not in running._answers[0].text
+    assert running._answers == [Answer(codec.decode(ids), len(ids), "length")] and "<" in codec.decode(ids)
+
+
 def test_words_come_as_they_are_said_and_a_loop_may_be_left(session: Session) -> None:
     expected, _ = session.chat(picture(0), "What is it?", temperature=1.5, seed=3, max_new_tokens=30)
     texts = list(session.stream(picture(0), "What is it?", temperature=1.5, seed=3, max_new_tokens=30))
