@@ -12,8 +12,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -32,6 +33,10 @@ class TooSlow(Exception):
 
 class Failed(Exception):
     """The model could not answer, and it was not the asker's fault."""
+
+
+class Left(Exception):
+    """Nobody waits for the answer any more."""
 
 
 @dataclass(frozen=True)
@@ -265,6 +270,29 @@ class Line:
         log.error("an answer failed", exc_info=error)
         for request in left:
             request.end(Failed(_sentence(error)))
+
+
+async def until(gone: Coroutine[Any, Any, Any], answers: AsyncGenerator[Answer, None]) -> AsyncGenerator[Answer, None]:
+    """The same answers; as soon as `gone` returns they are stopped.  Raises Left."""
+    leaving = asyncio.ensure_future(gone)
+    try:
+        while True:
+            step = asyncio.ensure_future(anext(answers))
+            try:
+                await asyncio.wait({step, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                if not step.done():
+                    step.cancel()
+                    await asyncio.wait({step})
+            if step.cancelled():
+                raise Left
+            try:
+                yield step.result()
+            except StopAsyncIteration:
+                return
+    finally:
+        leaving.cancel()
+        await answers.aclose()
 
 
 def _unlike(request: _Request, others: list[_Request]) -> bool:

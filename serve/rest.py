@@ -7,7 +7,6 @@ Whatever is refused is refused with a status and a sentence, `{"error": {"messag
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable
@@ -23,7 +22,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from serve import openai_api, visualglm_api
-from serve.batching import Busy, Failed, Line, LineLimits, TooSlow
+from serve.batching import Busy, Failed, Left, Line, LineLimits, TooSlow, until
 from serve.guard import Refused, error_body
 from serve.metrics import Metrics
 from serve.pictures import PictureReader
@@ -32,10 +31,6 @@ from serve.session import Answer, Ask, Session
 
 log = logging.getLogger(__name__)
 STATUS: dict[type[Exception], int] = {Busy: 429, TooSlow: 504, Failed: 500}
-
-
-class ClientLeft(Exception):
-    """Nobody is there any more to be answered."""
 
 
 @dataclass(frozen=True)
@@ -157,32 +152,14 @@ async def _chunks(
 # ------------------------------------------------------------------------------------------------ answers on their way
 
 
-async def while_there(request: Request, answers: AsyncGenerator[Answer, None]) -> AsyncGenerator[Answer, None]:
-    """The same, until the client leaves; then the answer is stopped.  Raises ClientLeft."""
+def while_there(request: Request, answers: AsyncGenerator[Answer, None]) -> AsyncGenerator[Answer, None]:
+    """The same; raises Left when the client has gone."""
 
     async def leaving() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
 
-    left = asyncio.ensure_future(leaving())
-    try:
-        while True:
-            step = asyncio.ensure_future(anext(answers))
-            try:
-                await asyncio.wait({step, left}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                if not step.done():
-                    step.cancel()
-                    await asyncio.wait({step})
-            if step.cancelled():
-                raise ClientLeft
-            try:
-                yield step.result()
-            except StopAsyncIteration:
-                return
-    finally:
-        left.cancel()
-        await answers.aclose()
+    return until(leaving(), answers)
 
 
 async def stopping(answers: AsyncGenerator[Answer, None], stopper: openai_api.Stopper) -> AsyncGenerator[Answer, None]:
@@ -223,7 +200,7 @@ class Events(Response):
             async for found in self.source:
                 await self._send(send, json.dumps(found, ensure_ascii=False))
             await self._send(send, "[DONE]")
-        except ClientLeft:
+        except Left:
             pass
         except tuple(STATUS) as error:  # the status is out already
             await self._send(send, json.dumps(error_body(STATUS[type(error)], str(error)), ensure_ascii=False))
@@ -263,7 +240,7 @@ def _add_errors(app: FastAPI) -> None:
     app.add_exception_handler(Refused, refused)
     for kind in STATUS:
         app.add_exception_handler(kind, of_line)
-    app.add_exception_handler(ClientLeft, left)
+    app.add_exception_handler(Left, left)
     app.add_exception_handler(HTTPException, of_http)
     app.add_exception_handler(StarletteHTTPException, of_http)
     app.add_exception_handler(Exception, unexpected)

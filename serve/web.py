@@ -1,0 +1,311 @@
+"""The page: a picture by upload or paste, a conversation, its answers as they come; in Chinese and English.
+
+Gradio draws it.  What Gradio could also do is shut: it reports nothing to anybody, loads nothing from elsewhere, shares
+no link, fetches no address, and serves no file but what this browser uploaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import tempfile
+from abc import ABCMeta
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # asked when Gradio is imported
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+import gradio as gr
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from model.generation import Decoding
+from serve.batching import Busy, Failed, Left, TooSlow, until
+from serve.guard import Refused
+from serve.memory import used_bytes
+from serve.page_texts import TEXTS
+from serve.rest import Service
+from serve.session import CHAT, Exchange
+
+# what the page asks for; Gradio answers much more: other people's addresses, recordings, code, its own monitoring
+_ASKED = re.compile(
+    r"/(config|theme\.css|favicon\.ico|manifest\.json|(static|assets)/[\w./@+-]+)?/?"
+    r"|/gradio_api/(info|app_id|startup-events|heartbeat/\w+|queue/(join|data)|cancel|reset|upload(_progress)?)/?"
+    r"|/gradio_api/file=/.+"
+)
+_FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")  # on people's own machines
+_CSS = """
+footer, #chat button[title="Clear"], #chat button[title="Share"] {display: none !important}
+.memory {opacity: 0.7; font-size: 0.85em}
+#language {justify-content: flex-end}
+"""  # Gradio's own Clear would leave the conversation as it is; its Share uploads
+_KEEP_SECONDS = 24 * 3600
+_LONGEST_STEP = 30.0  # seconds
+
+
+def _path_of(self: Any, payload: Any) -> Path | None:
+    """Of an upload; nothing is opened, where Gradio's own picture tries every format that Pillow knows."""
+    if payload is None:
+        return None
+    path, cache = Path(payload.path or "").resolve(), Path(self.GRADIO_CACHE).resolve()
+    if not path.is_relative_to(cache) or not path.is_file():
+        raise gr.Error("the picture was not uploaded here")
+    return path
+
+
+async def _no_address(self: Any, place: Any) -> str | None:
+    """Gradio's own would fetch one."""
+    if place is not None and "://" in str(place):
+        raise gr.Error("addresses are not fetched")
+    found: str | None = await gr.Image.async_move_resource_to_block_cache(self, place)
+    return found
+
+
+# A class statement would have Gradio's metaclass write a file of stubs beside this one.  A template is drawn as what it
+# is derived from.
+Picture: Any = ABCMeta.__new__(
+    type(gr.Image),
+    "Picture",
+    (gr.Image,),
+    {"is_template": True, "preprocess": _path_of, "async_move_resource_to_block_cache": _no_address},
+)
+
+
+@dataclass
+class Conversation:
+    """What the server remembers of one open page."""
+
+    history: list[Exchange]
+    shown: list[dict[str, Any]]  # messages, as Gradio shows them
+    picture: Path | None = None  # shown last
+
+    def __deepcopy__(self, _: Any) -> Conversation:
+        return Conversation(list(self.history), list(self.shown), self.picture)
+
+
+def add_page(app: FastAPI, service: Service, *, language: str = "en") -> None:
+    """At / of the app, whose own routes come first.
+
+    Args:
+        language: where the browser prefers neither Chinese nor English.
+    """
+    cache = tempfile.mkdtemp(prefix="queqiao-page-")
+    os.environ["GRADIO_TEMP_DIR"] = cache
+    page = Page(service, language)
+    gr.mount_gradio_app(
+        app,
+        page.blocks(),
+        path="/",
+        allowed_paths=[],
+        blocked_paths=["/proc", "/sys", "/dev", "/etc"],
+        show_error=False,
+        max_file_size=service.pictures.max_bytes,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        theme=gr.themes.Default(font=_FONTS, font_mono=("ui-monospace", "monospace")),
+        css=_CSS,
+    )
+    mount: Any = app.router.routes[-1]
+    mount.app = OnlyWhatIsAsked(mount.app)
+
+
+class OnlyWhatIsAsked:
+    """An ASGI wrapper around Gradio's own app."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and (not _ASKED.fullmatch(scope["path"]) or "/../" in scope["path"]):
+            raise Refused(404, "there is nothing at this address")
+        await self.app(scope, receive, send)
+
+
+class Running:
+    """An answer on its way."""
+
+    def __init__(self) -> None:
+        self.stopping, self.ended = asyncio.Event(), asyncio.Event()
+
+
+class Page:
+    def __init__(self, service: Service, language: str) -> None:
+        self.service, self.language = service, language
+        self.running: dict[str, Running] = {}  # by Gradio's name of an open page
+
+    def blocks(self) -> gr.Blocks:
+        texts = TEXTS[self.language]
+        most = self.service.session.max_tokens
+        blocks = gr.Blocks(
+            analytics_enabled=False,
+            title=self.service.session.name,
+            fill_width=True,
+            delete_cache=(3600, _KEEP_SECONDS),
+        )
+        with blocks:
+            conversation = gr.State(Conversation([], []), time_to_live=_KEEP_SECONDS)
+            with gr.Row():
+                heading = gr.Markdown(texts["heading"].format(name=self.service.session.name))
+                language = gr.Radio(
+                    [("中文", "zh"), ("English", "en")], value=self.language, show_label=False, container=False,
+                    elem_id="language",
+                )  # fmt: skip
+            with gr.Row():
+                with gr.Column(scale=2, min_width=300):
+                    picture = Picture(
+                        label=texts["picture"], placeholder=texts["drop"], sources=["upload", "clipboard"],
+                        type="filepath", image_mode=None, buttons=[], height=320, elem_id="picture",
+                    )  # fmt: skip
+                    with gr.Accordion(texts["settings"], open=False, elem_id="settings") as settings:
+                        temperature = gr.Slider(0, 2, CHAT.temperature, step=0.05, label=texts["temperature"])
+                        top_p = gr.Slider(0, 1, CHAT.top_p, step=0.05, label=texts["top_p"])
+                        top_k = gr.Slider(0, 200, CHAT.top_k, step=1, label=texts["top_k"])
+                        penalty = gr.Slider(1, 2, CHAT.repetition_penalty, step=0.05, label=texts["penalty"])
+                        tokens = gr.Slider(1, most, min(CHAT.max_new_tokens, most), step=1, label=texts["tokens"])
+                    memory = gr.Markdown(self.memory(self.language), elem_id="memory", elem_classes="memory")
+                with gr.Column(scale=5, min_width=320):
+                    chat = gr.Chatbot(
+                        label=texts["chat"], height=520, render_markdown=False, buttons=["copy"], elem_id="chat",
+                        feedback_options=None, latex_delimiters=[], sanitize_html=True,
+                    )  # fmt: skip
+                    question = gr.Textbox(
+                        placeholder=texts["question"], show_label=False, lines=1, max_lines=6, autofocus=True,
+                        elem_id="question", max_length=8192,
+                    )  # fmt: skip
+                    with gr.Row():
+                        send = gr.Button(texts["send"], variant="primary", elem_id="send")
+                        stop = gr.Button(texts["stop"], interactive=False, elem_id="stop")
+                        clear = gr.Button(texts["clear"], elem_id="clear")
+            labelled = (heading, picture, settings, temperature, top_p, top_k, penalty, tokens, memory, chat, question,
+                        send, stop, clear)  # fmt: skip
+            gr.on(
+                [send.click, question.submit],
+                self.ask,
+                [conversation, picture, question, language, temperature, top_p, top_k, penalty, tokens],
+                [conversation, chat, question, send, stop, memory],
+                show_progress="hidden",
+                concurrency_limit=None,
+                api_visibility="private",
+            )
+            stop.click(self.stop, None, None, api_visibility="private")
+            clear.click(self.stop, None, None, api_visibility="private").then(
+                self.cleared, None, [conversation, chat, picture, question, send, stop], api_visibility="private"
+            )
+            language.change(self.labels, [language], list(labelled), show_progress="hidden", api_visibility="private")
+            blocks.load(self.opened, None, [language, *labelled], show_progress="hidden", api_visibility="private")
+        return blocks.queue(max_size=self.service.line.limits.waiting, default_concurrency_limit=None, api_open=False)
+
+    async def ask(
+        self,
+        conversation: Conversation,
+        picture: Path | None,
+        question: str,
+        language: str,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        penalty: float,
+        tokens: int,
+        request: gr.Request,
+    ) -> AsyncGenerator[tuple[Any, ...], None]:
+        """An answer as it grows, in the outputs' order: conversation, chat, question, send, stop, memory."""
+        texts = TEXTS[language]
+        is_new = picture is not None and picture != conversation.picture
+        question = question.strip() or (texts["describe"] if is_new else "")
+        try:
+            decoding = Decoding(
+                max_new_tokens=int(tokens),
+                temperature=temperature,
+                top_k=int(top_k),
+                top_p=top_p,
+                repetition_penalty=penalty,
+            )
+            # a picture that stays where it is was shown already
+            shown = await asyncio.to_thread(self.service.pictures.from_upload, picture) if picture and is_new else None
+            ask = await asyncio.to_thread(
+                self.service.session.ask, shown, question, conversation.history, decoding=decoding
+            )
+        except ValueError as error:
+            gr.Warning(str(error))
+            yield conversation, gr.skip(), gr.skip(), *self.buttons(False), gr.skip()
+            return
+        before = [*conversation.shown]
+        if is_new:
+            before.append({"role": "user", "content": {"path": str(picture)}})
+        before.append({"role": "user", "content": question})
+        if ask.encoded.num_cut.get("history") or ask.encoded.num_cut.get("question"):
+            gr.Info(texts["cut"])
+
+        def now(text: str, *, is_running: bool) -> tuple[Any, ...]:
+            messages = [*before, {"role": "assistant", "content": text}]
+            kept = Conversation(ask.history(text), messages, picture or conversation.picture)
+            memory = gr.skip() if is_running else self.memory(language)
+            return kept, messages, "" if not text else gr.skip(), *self.buttons(is_running), memory
+
+        text = ""
+        running = self.running[str(request.session_hash)] = Running()
+        try:
+            yield now(text, is_running=True)
+            answers = until(running.stopping.wait(), self.service.line.answers(ask))
+            async with aclosing(answers):
+                async for answer in answers:
+                    text = answer.text
+                    yield now(text, is_running=True)
+            self.service.metrics.answered(ask, answer)
+            yield now(text, is_running=False)
+        except Left:
+            yield now(text, is_running=False)
+        except (Busy, TooSlow, Failed) as error:
+            gr.Warning(str(error))
+            yield now(text, is_running=False)
+        finally:
+            self.running.pop(str(request.session_hash), None)
+            running.ended.set()
+
+    async def stop(self, request: gr.Request) -> None:
+        """The answer of this page; whoever called finds it ended."""
+        if running := self.running.get(str(request.session_hash)):
+            running.stopping.set()
+            await asyncio.wait_for(running.ended.wait(), _LONGEST_STEP)
+
+    def cleared(self) -> tuple[Any, ...]:
+        return Conversation([], []), [], None, "", *self.buttons(False)
+
+    def buttons(self, is_running: bool) -> tuple[Any, Any]:
+        return gr.update(interactive=not is_running), gr.update(interactive=is_running)
+
+    def labels(self, language: str) -> list[Any]:
+        texts = TEXTS[language]
+        return [
+            texts["heading"].format(name=self.service.session.name),
+            gr.update(label=texts["picture"], placeholder=texts["drop"]),
+            *(
+                gr.update(label=texts[name])
+                for name in ("settings", "temperature", "top_p", "top_k", "penalty", "tokens")
+            ),
+            self.memory(language),
+            gr.update(label=texts["chat"]),
+            gr.update(placeholder=texts["question"]),
+            *(gr.update(value=texts[name]) for name in ("send", "stop", "clear")),
+        ]
+
+    def opened(self, request: gr.Request) -> list[Any]:
+        """In the language that the browser prefers."""
+        wanted = re.findall(r"\b(zh|en)\b", request.headers.get("accept-language", "").lower())
+        language = wanted[0] if wanted else self.language
+        return [language, *self.labels(language)]
+
+    def memory(self, language: str) -> str:
+        device = self.service.session.device
+        used, total = used_bytes(device)
+        where = TEXTS[language]["gpu_memory" if device.type == "cuda" else "memory"]
+        return f"{where} {used / 2**30:.1f} / {total / 2**30:.1f} GiB"
