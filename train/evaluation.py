@@ -27,10 +27,10 @@ from train.config_evaluate import config_of_run
 from train.distributed import Ranks
 from train.engine import PRECISIONS, resolve_precision, store_frozen
 from train.evaluator import Evaluator
-from train.evaluator.predictions import Predictions
+from train.evaluator.predictions import METRICS, PREDICTIONS, Predictions
 from train.run import changed_keys, own_device
 
-PREDICTIONS, METRICS, CONFIG = "predictions.jsonl", "metrics.json", "config.yaml"
+CONFIG = "config.yaml"
 PACKAGES = ("torch", "transformers", "sacrebleu", "pycocoevalcap", "jieba")
 
 

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
+from train.evaluator.predictions import Predictions
+
 # Dense tensor-core peaks in TFLOP/s (bf16 or fp16), NVIDIA's data sheets, without sparsity.
 PEAK_TFLOPS = {
     "H200": 989.4, "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.4, "H800": 989.4, "H20": 148.0, "B200": 2250.0,
@@ -133,7 +135,7 @@ class Tracker:
 
     def __init__(self, run_dir: Path, *, first_step: int, steps: int, is_first: bool, writer: Writer | None = None):
         self.is_first, self.steps, self.writer = is_first, steps, writer
-        self._report = run_dir / "report"
+        self._run_dir, self._report = run_dir, run_dir / "report"
         self._metrics = MetricsFile(run_dir / "metrics.jsonl", first_step) if is_first else None
         self._bar: Any = None
         if is_first and sys.stderr.isatty():
@@ -178,6 +180,11 @@ class Tracker:
             self._report.mkdir(exist_ok=True)
             picture.save(self._report / f"{name}_{picture_name}.png".replace("/", "_"))
         self._log(step, {f"{name}/{key}": value for key, value in values.items()}, pictures)
+
+    def predicted(self, step: int, predictions: Predictions, metrics: Mapping[str, float]) -> None:
+        """What the evaluators predicted after `step`, for the report's before and after."""
+        if self.is_first:
+            predictions.keep(self._run_dir, step, metrics)
 
     def event(self, step: int, what: str, **details: Any) -> None:
         if self._metrics is not None:

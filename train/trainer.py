@@ -18,6 +18,7 @@ from train.best import BestMetric
 from train.checkpoint import Checkpoints, random_state, set_random_state
 from train.distributed import Ranks
 from train.engine import Engine
+from train.evaluator.predictions import Predictions
 from train.tracking import Tracker, peak_tflops
 
 
@@ -216,11 +217,15 @@ class Trainer:
         """
         before = random_state()
         measured: dict[str, float] = {}
+        predictions = Predictions(self.ranks)
         with self.engine.evaluating():
             for evaluator in self.evaluators:
-                found = evaluator(self.engine.module.model, device=self.device, ranks=self.ranks)
+                found = evaluator(
+                    self.engine.module.model, device=self.device, ranks=self.ranks, predictions=predictions
+                )
                 self.tracker.eval(step, evaluator.name, found.metrics, found.pictures, found.lines)
                 measured |= {f"{evaluator.name}/{name}": value for name, value in found.metrics.items()}
+        self.tracker.predicted(step, predictions, measured)
         set_random_state(*before)
         self.engine.module.train()
         self._restart_clock(step)

@@ -74,7 +74,7 @@ class CountingEvaluator:
     name: str = "counting"
     calls: list[int] = field(default_factory=list)
 
-    def __call__(self, model: nn.Module, *, device: torch.device, ranks: Ranks) -> Any:
+    def __call__(self, model: nn.Module, *, device: torch.device, ranks: Ranks, predictions: Any) -> Any:
         torch.rand(7)  # an evaluator may use the global random state
         self.calls.append(1)
         model.eval()

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -14,6 +16,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from train.distributed import Ranks
+
+PREDICTIONS, METRICS = "predictions.jsonl", "metrics.json"  # of one evaluation, in a folder of its own
+FIRST, NEWEST = "training_first", "training_newest"  # those folders for what training evaluates, in <run>/eval
 
 Row = Mapping[str, Any]  # "index" and what was predicted
 Place = tuple[str, str, int]  # evaluator, part, index
@@ -62,6 +67,23 @@ class Predictions:
     def progress(self, what: str, total: int, done: int = 0) -> Progress:
         return Progress(what, total, done, shown=self.shown)
 
+    def keep(self, run_dir: Path, step: int, metrics: Mapping[str, float]) -> None:
+        """What training predicted after `step`, where the report looks for it: the run's first time and its newest.
+
+        On the first rank alone.  A run that begins anew in its folder replaces both.
+        """
+        if not self._known:
+            return
+        first, newest = run_dir / "eval" / FIRST, run_dir / "eval" / NEWEST
+        folder = newest if _step_of(first) < step else first
+        if folder == first and newest.exists():
+            shutil.rmtree(newest)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / METRICS).unlink(missing_ok=True)  # written last: it names the step that the rest belongs to
+        _write(folder / PREDICTIONS, dict(sorted(self._known.items())))
+        about = {"checkpoint": f"step_{step}", "step": step, "metrics": dict(metrics)}
+        (folder / METRICS).write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
     def close(self) -> None:
         """Sorts the file, so that it does not tell how many ranks wrote it."""
         if self._file is not None and self._path is not None:
@@ -105,6 +127,14 @@ class Progress:
 def read_predictions(path: Path) -> list[dict[str, Any]]:
     """Every line of a finished file, as it stands."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _step_of(folder: Path) -> float:
+    """Infinite where nothing whole is kept there."""
+    try:
+        return float(json.loads((folder / METRICS).read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _line(place: Place, row: Row) -> str:

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.evaluation import CONFIG, METRICS, PREDICTIONS
+from train.evaluation import CONFIG
+from train.evaluator.predictions import FIRST, METRICS, NEWEST, PREDICTIONS
 
 NO_METRIC = ("kind", "step", "evaluator", "time")
 NOT_CLINICAL = "Not for clinical use"
@@ -30,6 +31,10 @@ class PredictionSet:
     nodes: Mapping[str, Any]
     parts: Mapping[tuple[str, str], Mapping[int, Mapping[str, Any]]]
     metrics: Mapping[str, float]
+
+    @property
+    def in_training(self) -> bool:
+        return self.folder.name in (FIRST, NEWEST)
 
     @property
     def step(self) -> int:
@@ -120,7 +125,8 @@ def read_run(folder: Path) -> RunRecord:
     lines, broken = json_lines(file)
     usable = [line for line in lines if "kind" in line and is_number(line.get("step"))]
     config = read_config(folder / "config.yaml")
-    predictions = tuple(sorted(read_predictions(folder), key=lambda found: (found.step, found.folder.name)))
+    evaluators = (config.get("train") or {}).get("evaluator") or {}
+    made = sorted(read_predictions(folder, evaluators), key=lambda found: (found.step, found.folder.name))
     return RunRecord(
         folder=folder,
         name=folder.resolve().name,
@@ -128,9 +134,9 @@ def read_run(folder: Path) -> RunRecord:
         train=_last_of_each_step(usable, "train"),
         evals=_last_of_each_step(usable, "eval"),
         events=[line for line in usable if line["kind"] == "event"],
-        predictions=predictions,
+        predictions=tuple(one for one in made if not _made_again(one, made)),
         broken=broken + len(lines) - len(usable),
-        notes=notes_of([config, *(found.nodes for found in predictions)]),
+        notes=notes_of([config, *(found.nodes for found in made)]),
     )
 
 
@@ -141,19 +147,27 @@ def read_runs(folders: Sequence[Path]) -> list[RunRecord]:
     return [RunRecord(**{**vars(run), "name": str(run.folder)}) if names.count(run.name) > 1 else run for run in runs]
 
 
-def read_predictions(folder: Path) -> list[PredictionSet]:
-    """Every evaluation in <run>/eval."""
+def read_predictions(folder: Path, evaluators: Mapping[str, Any]) -> list[PredictionSet]:
+    """Every evaluation in <run>/eval; `evaluators` are the nodes of the run itself."""
     found = []
     for file in sorted(folder.glob(f"eval/*/{PREDICTIONS}")):
         parts: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
         for row in json_lines(file)[0]:
             if {"evaluator", "part"} <= row.keys() and isinstance(row.get("index"), int):
                 parts.setdefault((str(row["evaluator"]), str(row["part"])), {})[row["index"]] = row
-        about = read_config(file.parent / CONFIG)
-        metrics = _read_json(file.parent / METRICS).get("metrics", {})
+        about, measured = read_config(file.parent / CONFIG), _read_json(file.parent / METRICS)
+        if file.parent.name in (FIRST, NEWEST):  # training's own, with its own evaluators
+            about = {"checkpoint": measured.get("checkpoint", "?"), "evaluator": evaluators}
         checkpoint = str(about.get("checkpoint", file.parent.name))
-        found.append(PredictionSet(file.parent, checkpoint, dict(about.get("evaluator", {})), parts, metrics))
+        nodes = {name: node for name, node in (about.get("evaluator") or {}).items() if isinstance(node, Mapping)}
+        found.append(PredictionSet(file.parent, checkpoint, nodes, parts, measured.get("metrics", {})))
     return found
+
+
+def _made_again(made: PredictionSet, by_all: Sequence[PredictionSet]) -> bool:
+    """Whether evaluate.py predicted everything that training predicted of the same weights."""
+    others = [one for one in by_all if one.step == made.step and not one.in_training]
+    return made.in_training and any(made.parts.keys() <= one.parts.keys() for one in others)
 
 
 def json_lines(file: Path) -> tuple[list[dict[str, Any]], int]:

@@ -39,10 +39,10 @@ def columns(runs: Sequence[RunRecord]) -> list[Column]:
         by_tool = [
             Column(f"{before}{title(made)}", str(made.folder / METRICS), by_evaluator(made.metrics))
             for made in run.predictions
-            if made.metrics
+            if made.metrics and not made.in_training
         ]
         for step, measured in _first_and_last(run):
-            at_step = [made for made in run.predictions if made.step == step and made.metrics]
+            at_step = [made for made in run.predictions if made.step == step and not made.in_training]
             if any(set(measured) <= set(by_evaluator(made.metrics)) for made in at_step):
                 continue  # measured again by evaluate.py
             by_tool.append(Column(f"{before}step {step}, in training", str(run.metrics_file), measured))
@@ -56,8 +56,8 @@ def title(made: PredictionSet) -> str:
         words = "starting weights"
     else:
         words = re.sub(r"^step_(\d+)$", r"step \1", made.checkpoint)
-    own = made.folder.name
-    return words if own == made.checkpoint else f"{words}, {own}"
+    own = "in training" if made.in_training else made.folder.name.removeprefix(made.checkpoint).strip("-_,. ")
+    return f"{words}, {own}" if own else words
 
 
 def tables(made: Sequence[Column]) -> list[Table]:
