@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from train.config import build, from_command_line
 from train.failure import user_errors
+from train.loading import build_loader, build_sources
 
 
 def main() -> None:
@@ -31,22 +32,9 @@ def build_data(config: DictConfig, run: Any) -> tuple[Any, Any, Any]:
     """Sources, tokenizer and loader; prints what the tokenizer makes of the captions."""
     from data.caption_report import caption_report, print_caption_report
 
-    nodes = config.data.source
-    named = {"source": nodes} if "_target_" in nodes else nodes
-    sources = {name: build(node) for name, node in named.items() if node is not None}
+    sources = build_sources(config)
     codec = build_tokenizer(config, run, sources)
-    loader = build(
-        config.data.loader,
-        sources=sources,
-        mixture=build(config.data.mixture),
-        transform=build(config.data.transform),
-        codec=codec,
-        global_batch_size=config.train.global_batch_size,
-        accumulate=config.train.accumulate,
-        seed=config.run.seed,
-        rank=run.ranks.rank,
-        num_ranks=run.ranks.count,
-    )
+    loader = build_loader(config, run, sources, codec)
     if run.ranks.is_first:
         length = config.data.loader.max_text_tokens
         print_caption_report(
