@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from data.batch import IGNORED, Dialogue, DialogueBatch, EncodedDialogue
 from model.llm.chatglm import SPECIAL, TEMPLATES, ChatGLM, ChatGLMCodec, chatglm
@@ -164,7 +165,7 @@ def _train(
     peaks = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     llm.train()
     losses: list[float] = []
-    for step in range(steps):
+    for step in tqdm(range(steps), desc="warm-up", unit=" steps", delay=2, leave=False):
         warm = min(1.0, (step + 1) / max(1, steps // 20))
         for group, peak in peaks:
             group["lr"] = peak * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
