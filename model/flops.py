@@ -64,12 +64,14 @@ def _encoder(counter: Counter, vision: Any, images: int) -> None:
 
 
 def _qformer(counter: Counter, model: VisualChatModel, images: int) -> None:
-    qformer, tokens = model.qformer, model.vision.num_tokens
+    vision: Any = model.vision
+    qformer, tokens = model.qformer, vision.num_tokens
     queries = images * qformer.num_query_tokens
     image = Counter(counter.trains or model.ln_vision.weight.requires_grad)
     counter.trains = qformer.query_tokens.tokens.requires_grad
     for layer in qformer.layers:
-        own, cross = layer.self_attention, layer.cross_attention
+        parts: Any = layer
+        own, cross = parts.self_attention, parts.cross_attention
         counter.linears(nn.ModuleList([own.query, own.key, own.value]), queries)
         counter.attention(queries, qformer.num_query_tokens, qformer.hidden_size)
         counter.linears(own.output, queries)
@@ -81,7 +83,7 @@ def _qformer(counter: Counter, model: VisualChatModel, images: int) -> None:
             counter.attention(queries, tokens, qformer.hidden_size)
             counter.linears(cross.output, queries)
             counter.flops += memory.flops
-        counter.linears(layer.query_feed_forward, queries)
+        counter.linears(parts.query_feed_forward, queries)
 
 
 def _language_model(counter: Counter, llm: Any, rows: int, length: int, targets: int) -> None:

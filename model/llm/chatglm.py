@@ -281,7 +281,7 @@ class ChatGLM(LanguageModel):
         mask = None if mask is None else as_bias(mask, dtype)
         # whatever the mode: a frozen model is in eval mode, and the gradient still passes through it
         recompute = torch.is_grad_enabled() and self.recomputes(hidden_BLD.shape[:2].numel())
-        options = {"use_reentrant": False, "preserve_rng_state": recompute and _draws(self.layers)}
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": recompute and _draws(self.layers)}
         for index in range(len(self.layers)):
             hidden_BLD, cos_sin, mask = self.on_layer_device(index, hidden_BLD, cos_sin, mask)
             if recompute:
