@@ -20,6 +20,7 @@ from train.report.records import RunRecord
 from train.report.samples import Samples
 
 TILE = 144  # pixels of a drawn map
+CLEAR = 4.0
 
 
 @dataclass(frozen=True)
@@ -77,10 +78,11 @@ def look(run: RunRecord, samples: Callable[[str], Samples], *, number: int, devi
 
 
 def overlay(image_CHW: Tensor, map_RR: Tensor, side: int = TILE) -> Image.Image:
-    """A map over its picture in grey: the darkest is 0, the brightest the map's own maximum."""
+    """A map over its picture in grey: dark is 0, bright the map's maximum, or CLEAR times its mean where that is more:
+    a query that looks everywhere alike looks dim, and not as if it had chosen everything."""
     from matplotlib import colormaps
 
-    values_RR = (map_RR / map_RR.max().clamp_min(1e-12)).float().cpu().numpy()
+    values_RR = (map_RR / torch.maximum(map_RR.max(), CLEAR * map_RR.mean()).clamp_min(1e-12)).float().cpu().numpy()
     resized = Image.fromarray(values_RR, mode="F").resize((side, side), Image.Resampling.BICUBIC)
     value_SS = np.clip(np.asarray(resized), 0.0, 1.0)
     heat_SS3 = colormaps["inferno"](value_SS)[..., :3]

@@ -203,8 +203,7 @@ def chart(
         axes.set_title(title[:1].upper() + title[1:], loc="left", fontsize=11)
         _limits(axes, bottoms, tops, whole=whole)
         if len(lines) > 1:
-            place = "lower right" if lines[0].marked else "upper right"
-            axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc=place)
+            axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="best")
         return Chart(title, _svg(figure), _png(figure))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from train.report.records import RunRecord, is_number
 
-MOST_DIFFERENCES, MOST_EVENTS, MOST_REASONS = 60, 200, 12
+MOST_DIFFERENCES, MOST_EVENTS, MOST_REASONS = 400, 200, 12
 SIZES = {
     "width": "{} wide",
     "hidden_size": "{} wide",
@@ -45,7 +45,9 @@ def _facts(run: RunRecord) -> dict[str, str]:
         "last loss": f"{last['loss']:.4g} at step {last['step']}" if is_number(last.get("loss")) else "",
         "throughput": _median(run, "samples_per_second", "{:.1f} samples / s (median)"),
         "waiting for data": _median(run, "data_wait", "{:.1%} of the time (median)"),
-        "left out of the log": f"{run.broken} line{'s' * (run.broken > 1)} that could not be read" if run.broken else "",
+        "left out of the log": f"{run.broken} line{'s' * (run.broken > 1)} that could not be read"
+        if run.broken
+        else "",
     }
     return {label: text for label, text in found.items() if text}
 

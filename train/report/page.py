@@ -16,7 +16,7 @@ from PIL import Image
 from train.evaluation import PREDICTIONS
 from train.evaluator.picture import BUNDLED_FONT
 from train.report.attention import Looks, look
-from train.report.chart import COLOURS, LANGUAGES, evaluation_charts, training_charts
+from train.report.chart import COLOURS, LANGUAGES, Chart, evaluation_charts, training_charts
 from train.report.facts import differences, facts, skipped, told_events
 from train.report.pictures import pictures_of
 from train.report.records import PredictionSet, RunRecord, read_runs
@@ -92,7 +92,7 @@ def collect(runs: Sequence[RunRecord], options: Options) -> dict[str, Any]:
     """All that the template shows."""
     samples = _SamplesByNode()
     sets = [(_set_name(runs, run, made), made) for run in runs for made in run.predictions]
-    measured = columns(runs)
+    measured, evaluated = columns(runs), evaluation_charts(runs)
     said = list(side_by_side(_few(sets), samples.of_sets([made for _, made in sets]), 2 * options.examples))
     retrieval = [
         {
@@ -111,16 +111,16 @@ def collect(runs: Sequence[RunRecord], options: Options) -> dict[str, Any]:
         "written": time.strftime("%Y-%m-%d %H:%M"),
         "runs": runs,
         "notes": list(dict.fromkeys(note for run in runs for note in run.notes)),
-        "contents": CONTENTS,
+        "contents": [one for one in CONTENTS if one[0] != "retrieval" or retrieval or not all(map(_talks, runs))],
         "facts": facts(runs),
         "differences": differences(runs) if len(runs) > 1 else [],
         "colours": [COLOURS[number % len(COLOURS)] for number in range(len(runs))],
         "columns": measured,
         "tables": tables(measured),
         "training_charts": training_charts(runs),
-        "evaluation_charts": evaluation_charts(runs),
+        "evaluation_charts": evaluated,
         "files": ", ".join(str(run.metrics_file) for run in runs),
-        "dashes": "Dashed: English." if len(runs) > 1 else "Dashed: ITC alone; not dashed: re-ranked by ITM.",
+        "dashes": _dashes(runs, evaluated),
         "weights": _weights(runs),
         "resumed": any(event.get("event") == "resumed" for run in runs for event in run.events),
         "skips": [skipped(run) for run in runs],
@@ -170,6 +170,11 @@ def _set_name(runs: Sequence[RunRecord], run: RunRecord, made: PredictionSet) ->
     return f"{run.name}, {title(made)}" if len(runs) > 1 else title(made)
 
 
+def _talks(run: RunRecord) -> bool:
+    """A run of stage two, which ranks nothing."""
+    return run.setting("model.visual_chat") is not None
+
+
 def _few(sets: Sequence[tuple[str, PredictionSet]]) -> list[tuple[str, PredictionSet]]:
     """The first and the last ones."""
     return [*sets[:1], *sets[1:][-(MOST_SETS - 1) :]]
@@ -182,6 +187,13 @@ def _last_ranking(
     ranking = [(name, made) for name, made in sets if any("/" in part for _, part in made.parts)]
     last = {made.folder.parent: (name, made) for name, made in ranking}
     return [one for run in runs if (one := last.get(run.folder / "eval")) is not None]
+
+
+def _dashes(runs: Sequence[RunRecord], evaluated: Sequence[Chart]) -> str:
+    if len(runs) > 1:
+        return "Dashed: English."
+    ranks = any("R@" in chart.title for chart in evaluated)
+    return "Dashed: ITC alone; not dashed: re-ranked by ITM." if ranks else ""
 
 
 def _weights(runs: Sequence[RunRecord]) -> str:
