@@ -168,8 +168,22 @@ def typed(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
     monkeypatch.setattr("builtins.input", read)
 
 
+class Screen(io.StringIO):
+    """Refuses a write while the one before it is not shown yet."""
+
+    waiting = False
+
+    def write(self, text: str) -> int:
+        assert not self.waiting, "words ought to appear as they come"
+        self.waiting = True
+        return super().write(text)
+
+    def flush(self) -> None:
+        self.waiting = False
+
+
 def shown(session: Session, language: str, first: Path | None = None, **more: int) -> list[str]:
-    out = io.StringIO()
+    out = Screen()
     decoding = Decoding(more.get("max_new_tokens", 12))
     Terminal(session, decoding, language=language, out=out).run(first)
     return out.getvalue().splitlines()
