@@ -81,9 +81,8 @@ class _Request:
 
 class _Batch:
     def __init__(self, session: Session, requests: list[_Request]) -> None:
-        self.requests = requests
-        self.answers: Answers = session.answers([request.ask for request in requests])
-        self.steps: Iterator[list[Answer]] = iter(self.answers)
+        self.session, self.requests = session, requests
+        self.answers: Answers | None = None
         self.has_begun = False
 
     @property
@@ -92,6 +91,9 @@ class _Batch:
 
     def step(self) -> bool:
         """One more token for everybody.  -> whether there will be more"""
+        if self.answers is None:
+            self.answers = self.session.answers([request.ask for request in self.requests])
+            self.steps: Iterator[list[Answer]] = iter(self.answers)
         for row, request in enumerate(self.requests):
             if request.is_left and not request.is_done:
                 request.is_done = True
@@ -240,7 +242,7 @@ class Line:
                     continue
                 rows, tokens = rows + 1, tokens + first.num_tokens
                 is_over = rows > self.limits.rows or tokens > self.limits.tokens
-                if (is_over and rows > 1) or (first.alone and new) or _unlike(first, new):
+                if (is_over and rows > 1) or (first.alone and new):
                     break
                 new.append(self._waiting.popleft())
                 if first.alone:
@@ -293,12 +295,6 @@ async def until(gone: Coroutine[Any, Any, Any], answers: AsyncGenerator[Answer, 
     finally:
         leaving.cancel()
         await answers.aclose()
-
-
-def _unlike(request: _Request, others: list[_Request]) -> bool:
-    """Beams go through the model in another way."""
-    beams = request.ask.decoding.num_beams
-    return bool(others) and (beams > 1 or others[0].ask.decoding.num_beams > 1)
 
 
 def _sentence(error: Exception) -> str:
