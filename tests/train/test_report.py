@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -18,7 +19,8 @@ from data.decode import open_image, upright
 from data.source.synthetic import SceneSource
 from train.distributed import Ranks
 from train.evaluator.predictions import Predictions
-from train.report.chart import MOST_POINTS, Line, chart, spoken, thinned
+from train.report.attention import overlay
+from train.report.chart import MOST_POINTS, Line, chart, spoken, thinned, training_charts
 from train.report.page import Options, collect, html, uri, write_report
 from train.report.records import RunRecord, read_run, read_runs
 from train.report.results import columns, tables
@@ -264,7 +266,9 @@ def test_captions_are_text_and_nothing_asks_the_network(run: Path) -> None:
 def test_the_page_of_a_run_without_evaluation_or_steps(tmp_path: Path) -> None:
     write_lines(tmp_path / "metrics.jsonl", [{"kind": "event", "step": 0, "event": "saved"}])
     page = html(collect(read_runs([tmp_path]), Options()))
-    assert "Nothing was measured yet" in page and "No step was logged yet" in page and "No predictions" in page
+    assert (
+        "Nothing was measured to the end yet" in page and "No step was logged yet" in page and "No predictions" in page
+    )
     assert "no evaluator of this run has pictures" in page
 
 
@@ -310,6 +314,22 @@ def test_a_drawing_takes_the_page_s_colours_and_escapes_names() -> None:
     made = chart("loss", [Line("<b>&$x$", [1, 2], [1.0, 2.0], "#ff0000"), Line("_z", [1, 2], [1.0, 2.0], "#00ff00")])
     assert "currentColor" in made.svg and "<style" not in made.svg and "<b>" not in made.svg
     assert "&lt;b&gt;&amp;$x$" in made.svg and "_z" in made.svg
+
+
+def test_a_run_of_one_step_is_seen_and_a_loss_is_named_once() -> None:
+    run = RunRecord(Path(), "r", {}, [{"kind": "train", "step": 1, "loss": 2.0}], [], [])
+    (made,) = training_charts([run])
+    assert made.title == "Loss"
+    assert (np.asarray(made.picture) == (0x3B, 0x7D, 0xC4)).all(axis=-1).any(), "a line through one point is invisible"
+
+
+def test_a_query_that_looks_everywhere_alike_looks_dim() -> None:
+    picture_CHW, even_RR, one_RR = torch.full((3, 8, 8), 128, dtype=torch.uint8), torch.ones(4, 4), torch.zeros(4, 4)
+    one_RR[1, 1] = 1.0
+    even, one = (np.asarray(overlay(picture_CHW, it)).astype(float).mean(axis=2) for it in (even_RR, one_RR))
+    assert even.std() < 1 and even.mean() < 0.6 * one.max()
+    row, column = np.unravel_index(one.argmax(), one.shape)
+    assert (row // 36, column // 36) == (1, 1), "bright where it looks"
 
 
 def test_numbers_have_names_for_people() -> None:

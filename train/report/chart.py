@@ -59,12 +59,12 @@ def training_charts(runs: Sequence[RunRecord]) -> list[Chart]:
     """Losses by part and language, learning rate, gradient, throughput, waiting for data, skipped samples."""
     charts = [chart for part in _parts(runs) for chart in _loss_charts(runs, part)]
     for key, title, unit in (
-        ("lr", "learning rate", ""),
-        ("grad_norm", "norm of the gradient, before clipping", ""),
-        ("samples_per_second", "throughput", "samples / s"),
-        ("data_wait", "waiting for data", "share of the time"),
-        ("memory_gib", "memory of the GPU", "GiB"),
-        ("skips", "skipped samples, so far", ""),
+        ("lr", "Learning rate", ""),
+        ("grad_norm", "Norm of the gradient, before clipping", ""),
+        ("samples_per_second", "Throughput", "samples / s"),
+        ("data_wait", "Waiting for data", "share of the time"),
+        ("memory_gib", "Memory of the GPU", "GiB"),
+        ("skips", "Skipped samples, so far", ""),
     ):
         lines = _lines(runs, key)
         if not lines or (key == "skips" and not any(max(line.values) for line in lines)):
@@ -125,7 +125,7 @@ def _parts(runs: Sequence[RunRecord]) -> list[str]:
 def _loss_charts(runs: Sequence[RunRecord], part: str) -> list[Chart]:
     """One run: its languages in one chart.  Several: a chart for each language, since colours stand for runs."""
     languages = list(dict.fromkeys(language for run in runs for language in run.parts().get(part, ())))
-    title = part.upper() if len(part) <= 4 and part != "loss" else part
+    title = "Loss" if part == "loss" else f"{part.upper() if len(part) <= 4 else part} loss"
     whole = [
         Line(run.name, run.series(part)[0], [value / run.loss_weight(part) for value in run.series(part)[1]], colour)
         for run, colour in zip(runs, _run_colours(runs), strict=True)
@@ -133,17 +133,17 @@ def _loss_charts(runs: Sequence[RunRecord], part: str) -> list[Chart]:
     whole = [line for line in whole if line.steps]
     marks = _resumes(runs)
     if len(runs) == 1:
-        named = [Line("all", line.steps, line.values, COLOURS[5]) for line in whole]
+        named = [Line("all", line.steps, line.values, COLOURS[0]) for line in whole]
         named += [
             Line(LANGUAGES.get(language, language), *runs[0].series(f"{part}/{language}"), _language_colour(language))
             for language in sorted(languages, reverse=True)
         ]
-        # with two languages the whole lies between them and says nothing more
-        return [chart(f"{title} loss", named[1:] if len(named) > 2 else named, smooth=True, marks=marks)]
-    charts = [chart(f"{title} loss", whole, smooth=True)]
+        # the whole lies between the languages and says nothing more
+        return [chart(title, named[1:] or named, smooth=True, marks=marks)]
+    charts = [chart(title, whole, smooth=True)]
     for language in sorted(languages, reverse=True):
         lines = _lines(runs, f"{part}/{language}")
-        charts.append(chart(f"{title} loss, {LANGUAGES.get(language, language)}", lines, smooth=True))
+        charts.append(chart(f"{title}, {LANGUAGES.get(language, language)}", lines, smooth=True))
     return charts
 
 
@@ -200,7 +200,7 @@ def chart(
             axes.axvline(step, color=INK, lw=0.8, ls=(0, (2, 3)), alpha=0.6)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
-        axes.set_title(title[:1].upper() + title[1:], loc="left", fontsize=11)
+        axes.set_title(title, loc="left", fontsize=11)
         _limits(axes, bottoms, tops, whole=whole)
         if len(lines) > 1:
             axes.legend(fontsize=8, frameon=False, labelcolor=INK, loc="best")
@@ -211,7 +211,7 @@ def _draw(axes: Any, line: Line, *, smooth: bool) -> tuple[float, float]:
     """-> highest and lowest value that must be seen"""
     steps, values = thinned(line.steps, line.values)
     label = f" {line.label}"  # with a leading underscore matplotlib would leave it out
-    if line.marked:
+    if line.marked or len(steps) == 1:
         style = {"lw": 1.4, "marker": "o", "ms": 3.5, "ls": "--" if line.dashed else "-"}
         axes.plot(steps, values, color=line.colour, label=label, **style)
         return max(values), min(values)

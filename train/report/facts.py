@@ -43,7 +43,7 @@ def _facts(run: RunRecord) -> dict[str, str]:
         "learning rate": _text(run.setting("train.optim.lr")),
         "precision": _text(run.setting("train.precision")),
         "last loss": f"{last['loss']:.4g} at step {last['step']}" if is_number(last.get("loss")) else "",
-        "throughput": _median(run, "samples_per_second", "{:.1f} samples / s (median)"),
+        "throughput": _median(run, "samples_per_second", "{:.4g} samples / s (median)"),
         "waiting for data": _median(run, "data_wait", "{:.1%} of the time (median)"),
         "left out of the log": f"{run.broken} line{'s' * (run.broken > 1)} that could not be read"
         if run.broken
