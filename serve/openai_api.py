@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.batch import Turn
 from serve.pictures import PictureReader
-from serve.request import Strict, check_length
+from serve.request import Number, Strict, Whole, check_length
 from serve.session import CHAT, Answer, Ask
 
 
@@ -76,16 +76,16 @@ class ChatRequest(Strict):
     model: str = ""
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float | None = None
-    top_p: float | None = None
-    seed: int | None = None
+    max_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
+    temperature: Number | None = None
+    top_p: Number | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     # not OpenAI's, but what other servers of local models call them (openai's client: extra_body=)
-    top_k: int | None = None
-    repetition_penalty: float | None = None
-    min_tokens: int | None = Field(None, ge=0)
+    top_k: Whole | None = None
+    repetition_penalty: Number | None = None
+    min_tokens: Whole | None = None
     # only with the values that change nothing
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None

@@ -6,9 +6,9 @@ import asyncio
 import json
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
 from serve.guard import Refused
@@ -16,6 +16,10 @@ from serve.guard import Refused
 MAX_TEXT = 32_768  # characters of all texts of a request: far more than any of the models reads
 _DEEPEST = 32
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+# What `model.generation.Decoding` checks is not said again; these keep its numbers within what tensors hold.
+Whole = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Number = Annotated[float, Field(ge=0, le=1000)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Found = TypeVar("Found", bound=BaseModel)
 
 
@@ -99,11 +103,15 @@ def _no_number(name: str) -> float:
 
 
 def _sentence(error: ValidationError) -> str:
-    first, *more = error.errors(include_url=False, include_context=False)
-    place = ".".join(str(part) for part in first["loc"]) or "the request"
+    # of several that a value could have been, the one that it came nearest to
+    first = max(error.errors(include_url=False, include_context=False), key=lambda found: len(found["loc"]))
+    parts = [str(part) for part in first["loc"] if part != "str" and "[" not in str(part)]
+    place = (
+        ".".join(part for part, before in zip(parts, ["", *parts], strict=False) if part != before or part.isdigit())
+        or "the request"
+    )
     what = {"extra_forbidden": "is not known here", "missing": "is missing"}.get(first["type"])
-    sentence = f"{place[:200]} {what}" if what else f"{place[:200]}: {first['msg']}, not {_shown(first['input'])}"
-    return sentence + (f" (and {len(more)} more mistakes)" if more else "")
+    return f"{place[:200]} {what}" if what else f"{place[:200]}: {first['msg']}, not {_shown(first['input'])}"
 
 
 def _shown(value: Any) -> str:

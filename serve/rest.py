@@ -220,7 +220,8 @@ def _add_errors(app: FastAPI) -> None:
         return JSONResponse(error_body(status, sentence), status, headers=headers)
 
     async def refused(_: Request, error: Any) -> JSONResponse:
-        return refusal(error.status, str(error), error.headers)
+        unread = {"Connection": "close"} if error.status in (408, 413) else {}
+        return refusal(error.status, str(error), error.headers | unread)
 
     async def of_line(_: Request, error: Exception) -> JSONResponse:
         status = STATUS[type(error)]

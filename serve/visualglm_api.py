@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from serve.pictures import PictureReader
-from serve.request import Strict, check_length
+from serve.request import Number, Seed, Strict, Whole, check_length
 from serve.session import CHAT, Answer, Ask
 
 Pair = Annotated[list[str], Field(min_length=2, max_length=2)]
@@ -29,13 +29,13 @@ class ChatRequest(Strict):
     text: str
     image: str | None = None
     history: list[Pair] = Field(default=[], max_length=1000)
-    max_length: int = Field(2048, ge=1)
-    min_length: int = Field(0, ge=0)
-    temperature: float = CHAT.temperature
-    top_p: float = CHAT.top_p
-    top_k: int = CHAT.top_k
-    repetition_penalty: float = CHAT.repetition_penalty
-    seed: int | None = Field(None, ge=0, lt=2**63)
+    max_length: Annotated[Whole, Field(ge=1)] = 2048
+    min_length: Whole = 0
+    temperature: Number = CHAT.temperature
+    top_p: Number = CHAT.top_p
+    top_k: Whole = CHAT.top_k
+    repetition_penalty: Number = CHAT.repetition_penalty
+    seed: Seed | None = None
 
 
 def ask_of(request: ChatRequest, pictures: PictureReader) -> Ask:
