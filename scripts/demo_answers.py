@@ -68,19 +68,25 @@ def table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def draw(folder: Path, number: int = 5) -> Image.Image:
-    """Coloured scenes with what the aligned model says; grey ones with reports before and after the fine-tuning."""
+def draw(folder: Path, number: int = 4) -> Image.Image:
+    """Coloured scenes with what the aligned model says; below them grey ones, reported before and after fine-tuning."""
+    from PIL import Image
+
     from model.load import load
     from train.evaluator.picture import text_beside_images
 
     aligned, tuned = load(folder / "stage_two", device="cpu"), load(folder / "finetune", device="cpu")
-    told = answers(folder, "captions", {"": aligned}, number) + answers(folder, "answers", {"": aligned}, number)
-    told += answers(folder, "reports", {"before  ": aligned, "after     ": tuned}, 2 * number)
-    return text_beside_images(told, columns=2)
+    coloured = [row for name in ("captions", "answers") for row in answers(folder, name, {"": aligned}, number)]
+    grey = answers(folder, "reports", {"before:  ": aligned, "after:     ": tuned}, number + 1)
+    parts = [text_beside_images(coloured, columns=2), text_beside_images(grey, columns=1)]
+    canvas = Image.new("RGB", (max(part.width for part in parts), sum(part.height for part in parts)), "white")
+    canvas.paste(parts[0], (0, 0))
+    canvas.paste(parts[1], (0, parts[0].height))
+    return canvas
 
 
 def answers(folder: Path, evaluator: str, models: dict[str, Any], number: int) -> list[Any]:
-    """For some pictures of an evaluator: the pixels, and the lines to stand beside them."""
+    """For some pictures of an evaluator: the pixels, and the lines to stand beside them, language by language."""
     import numpy as np
     import torch
     from omegaconf import OmegaConf
@@ -91,18 +97,14 @@ def answers(folder: Path, evaluator: str, models: dict[str, Any], number: int) -
     from train.evaluator.predictions import Predictions
 
     node = OmegaConf.load(folder / "finetune" / "config.yaml").train.evaluator[evaluator]
-    ranks = Ranks.alone()
+    ranks, device = Ranks.alone(), torch.device("cpu")
     found: dict[int, list[tuple[str, bool | None]]] = {}
-    for says, model in models.items():
-        asking = build({**node, "num_samples": number}, codec=model.llm.codec, name=evaluator)
-        for language in NAMES:
-            rows = asking.answers(model, language, torch.device("cpu"), ranks, Predictions(ranks))
-            for index, row in rows.items():
-                said, right = str(row["answer"]), is_right(str(row["answer"]), row["right"])
-                told = found.setdefault(index, [])
-                if says in ("", next(iter(models))):
-                    told.append((str(row["question"]), None))
-                told.append((says + said, right))
+    for language in NAMES:
+        for says, model in models.items():
+            asking = build({**node, "num_samples": number}, codec=model.llm.codec, name=evaluator)
+            for index, row in asking.answers(model, language, device, ranks, Predictions(ranks)).items():
+                right, said = is_right(str(row["answer"]), row["right"]), says or f"{row['question']}  "
+                found.setdefault(index, []).append((f"{said}{row['answer']}", right))
     picture = asking.transform.picture
     return [
         (picture(asking.source.read("zh", index).images[0], np.random.default_rng(0)), told)

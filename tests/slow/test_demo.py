@@ -21,7 +21,7 @@ LEAST_CAPTIONS = 0.5
 BOUNDS = {
     ("stage_two", "captions"): (0.05, 0.45),
     ("stage_two", "answers"): (0.5, 0.5),
-    ("finetune", "reports"): (0.15, 0.45),
+    ("finetune", "reports"): (0.15, 0.4),
     ("finetune", "findings"): (0.4, 0.5),
     ("finetune", "captions"): (1.0, 0.5),
     ("finetune", "answers"): (1.0, 0.5),
