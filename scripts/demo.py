@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 NUM_SCENES, VOCAB_SIZE = 12000, 1000
 NAMES = {"zh": "Chinese", "en": "English"}
-OUR_FOLDERS = ("scenes", "shards", "tokenizer", "checkpoints", "report", "wandb", "stage_two", "finetune")
+OUR_FOLDERS = ("scenes", "shards", "tokenizer", "checkpoints", "report", "eval", "wandb", "stage_two", "finetune")
 NUM_PARTS = 8
 LATER = {  # what follows stage one
     "stage_two": "stage two: a tiny ChatGLM learns the texts of training scenes, is frozen, the Q-Former speaks to it",
@@ -59,6 +59,8 @@ def main() -> None:
     if tuned:
         print(f"The demo in {folder} is done already; bash scripts/demo.sh --fresh starts afresh.")
     if reported is None:
+        for run, _, _ in later:  # of another stage one
+            shutil.rmtree(run, ignore_errors=True)
         prepare(folder)
         with part(4, f"stage one, {config.train.steps} steps; interrupted, the same command goes on from there"):
             train(folder, config.train.steps, ["-m", "train.pretrain", *overrides])
@@ -71,6 +73,9 @@ def main() -> None:
                 train(run, steps, ["finetune.py", *overrides])
     with nullcontext() if tuned else part(8, "report on unseen scenes, before and after"):
         answers(folder)
+        if not tuned or not page(folder).is_file():
+            runs = [str(folder), *(str(run) for run, _, _ in later)]
+            subprocess.run([sys.executable, "scripts/report.py", *runs, "--out", str(page(folder))], check=True)
     if not tuned:
         print(f"\nAll of it took {(time.monotonic() - started) / 60:.1f} minutes.")
     print(what_next(folder))
@@ -200,6 +205,10 @@ def is_done(run: Path, steps: int) -> bool:
     """Whether finetune.py is through: what it writes last, from the last step."""
     newest = newest_checkpoint(run)
     return newest is not None and newest.name == f"step_{steps}" and (run / "adapter/trained.safetensors").is_file()
+
+
+def page(folder: Path) -> Path:
+    return folder / "report" / "report.html"
 
 
 def answers(folder: Path) -> None:
@@ -349,6 +358,7 @@ def running_mean(values: list[float], span: int = 9) -> list[float]:
 
 def what_next(folder: Path) -> str:
     return f"""
+  {page(folder)}     all of it on one page, for a browser
   {folder}/report/examples.png    stage one: examples and loss curves
   {folder}/report/answers.png     stage two and fine-tuning: answers before and after
   {folder}/metrics.jsonl          every number of stage one; those of the others in stage_two/ and finetune/
@@ -359,7 +369,8 @@ What to do next
   your own pictures          python scripts/pack_shards.py --help
                              python scripts/pack_shards.py PAIRS.jsonl datasets/mine
                              python -m train.pretrain experiment=stage_one/emoji data.source.shards.paths=datasets/mine
-  talk to what was trained   python scripts/chat.py --help
+  talk to what was trained   python scripts/chat.py --model {folder}/finetune     about {folder}/report/unseen.png
+                             python scripts/serve.py --model {folder}/finetune    on a page, or through REST
   every key of a run         python -m train.pretrain --help;  python finetune.py --help
   what this machine can do   python scripts/doctor.py"""
 

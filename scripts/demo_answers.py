@@ -1,8 +1,8 @@
-"""What the demo's stage two and fine-tuning came to: a table, and a picture with answers before and after.
+"""What the demo's stage two and fine-tuning came to: a table, a picture with answers before and after, a short talk.
 
     python scripts/demo_answers.py [outputs/demo]
 
-`scripts/demo.py` calls it; the picture is report/answers.png.
+`scripts/demo.py` calls it; the pictures are report/answers.png and report/unseen.png, which the talk is about.
 """
 
 from __future__ import annotations
@@ -47,6 +47,27 @@ def main() -> None:
     if not picture.is_file() or picture.stat().st_mtime < newest:
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw(folder).save(picture, optimize=True)
+    print(f"\n{talk(folder)}")
+
+
+def talk(folder: Path) -> str:
+    """One question in each language about a grey picture never seen, asked as any user of the model would ask."""
+    from omegaconf import OmegaConf
+
+    from serve.session import Session
+    from train.config import build
+
+    source = build(OmegaConf.load(folder / "finetune" / "config.yaml").train.evaluator.reports.source)
+    image = source.read("zh", 0).images[0]
+    shown = folder / "report" / "unseen.png"
+    image.resize((4 * image.width, 4 * image.height)).save(shown, optimize=True)
+    session = Session.load(folder / "finetune", device="cpu")
+    lines = [f"the fine-tuned model, asked about a picture it has never seen ({shown})"]
+    for language in NAMES:
+        question = source.dialogues(language, 0)[0].turns[0].question
+        answer, _ = session.chat(image, question, temperature=0.0)
+        lines.append(f"  {question}  {answer}")
+    return "\n".join(lines)
 
 
 def table(folder: Path) -> str:
