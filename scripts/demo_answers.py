@@ -41,7 +41,7 @@ def main() -> None:
     for run in PARTS:
         if not (folder / run / "metrics.jsonl").is_file():
             sys.exit(f"there is no run in {folder / run}: bash scripts/demo.sh makes it")
-    print(table(folder))
+    print(f"\n{table(folder)}", flush=True)
     picture = folder / "report" / "answers.png"
     newest = max((folder / run / "metrics.jsonl").stat().st_mtime for run in PARTS)
     if not picture.is_file() or picture.stat().st_mtime < newest:
