@@ -58,10 +58,11 @@ def _path_of(self: Any, payload: Any) -> Path | None:
     return path
 
 
-async def _no_address(self: Any, place: Any) -> str | None:
-    """Gradio's own would fetch one."""
-    if place is not None and "://" in str(place):
-        raise gr.Error("addresses are not fetched")
+async def _uploaded(self: Any, place: Any) -> str | None:
+    """What a page names as its picture has to be in the cache: Gradio's own would fetch an address, and copies a file
+    from anywhere where it does not think itself running, as when it is mounted."""
+    if place is not None and not Path(place).resolve().is_relative_to(Path(self.GRADIO_CACHE).resolve()):
+        raise gr.Error("the picture was not uploaded here")
     found: str | None = await gr.Image.async_move_resource_to_block_cache(self, place)
     return found
 
@@ -72,7 +73,7 @@ Picture: Any = ABCMeta.__new__(
     type(gr.Image),
     "Picture",
     (gr.Image,),
-    {"is_template": True, "preprocess": _path_of, "async_move_resource_to_block_cache": _no_address},
+    {"is_template": True, "preprocess": _path_of, "async_move_resource_to_block_cache": _uploaded},
 )
 
 
