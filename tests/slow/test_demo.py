@@ -72,7 +72,9 @@ def test_the_demo_learns_to_read_unseen_scenes_and_to_speak_of_them(repo_root: P
     # it ends with a page, and with an answer in each language about a picture never seen
     page = (tmp_path / "report" / "report.html").read_text("utf-8")
     assert all(f">{part}<" in page for part in ("Results", "Retrieval")) and "写出这张灰度图的报告" in page
-    answers = [line for line in said.splitlines() if line.startswith(("  写出这张灰度图的报告。", "  Report on this grey"))]
+    answers = [
+        line for line in said.splitlines() if line.startswith(("  写出这张灰度图的报告。", "  Report on this grey"))
+    ]
     assert len(answers) == 2 and all(len(line.split("  ")[-1]) > 8 for line in answers), answers
     assert (tmp_path / "report" / "unseen.png").is_file()
 

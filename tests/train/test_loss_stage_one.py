@@ -186,3 +186,37 @@ def test_another_step_draws_other_negatives() -> None:
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert not torch.equal(first[0], other[0]) and not torch.equal(first[0], first[1])
     assert not torch.equal(first[0], itm.draw(replace(batch, micro_step=1), flat)[0])
+
+
+def test_hard_images_come_from_the_texts_similarities_and_hard_texts_from_the_images() -> None:
+    stage, batch = tiny_stage(), random_batch(6)
+    contrast = compare(
+        stage.model, batch, stage.model.look(batch), Ranks.alone(), itc_gather="full", mask_duplicates=True
+    )
+    row = torch.arange(6)
+    image_of_text, text_of_image = (row + 1) % 6, (row + 2) % 6
+    peaked = replace(
+        contrast,
+        sim_t2i_BN=F.one_hot(image_of_text, 6) * 100.0,
+        sim_i2t_BN=F.one_hot(text_of_image, 6) * 100.0,
+    )
+    hard_image_B, hard_text_B = stage.objectives.itm.draw(batch, peaked)
+    assert hard_image_B.tolist() == image_of_text.tolist() and hard_text_B.tolist() == text_of_image.tolist()
+
+
+def test_similarities_are_fp32_whatever_autocast_says() -> None:
+    generator = torch.Generator().manual_seed(3)
+    query_XQE = F.normalize(torch.randn(4, 3, 64, generator=generator), dim=-1)
+    text_YE = F.normalize(torch.randn(5, 64, generator=generator), dim=-1)
+    expected = (query_XQE.flatten(0, 1) @ text_YE.T).view(4, 3, 5).amax(dim=1)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(query_text_similarity(query_XQE, text_YE), expected, rtol=0, atol=0)
+    halved = query_text_similarity(query_XQE.bfloat16(), text_YE.bfloat16())
+    expected = query_text_similarity(query_XQE.bfloat16().float(), text_YE.bfloat16().float())
+    torch.testing.assert_close(halved, expected, rtol=0, atol=0)
+
+
+def test_duplicates_are_counted_by_their_rows() -> None:
+    key_B = torch.tensor([7, 1, 2, 7, 3, 4])  # rows 0 and 3 show one image
+    report = tiny_stage()(random_batch(6, image_key_B=key_B)).report
+    assert report["num_with_duplicate"][0] == 2 and report["num_without_negative"][0] == 0
