@@ -49,7 +49,10 @@ def main() -> None:
         f"{service.session.name} at {place}  (page: {'/' if options.page else 'none'}, REST: POST / and /v1)",
         flush=True,
     )
-    server_of(app, host=options.host, port=options.port).run()
+    try:
+        server_of(app, host=options.host, port=options.port).run()
+    except KeyboardInterrupt:  # uvicorn has shut down already, and says once more why
+        pass
 
 
 def parser() -> argparse.ArgumentParser:
