@@ -144,7 +144,8 @@ def test_the_language_model_warms_up_on_the_training_part_alone(
     from finetune import some_dialogues
 
     sources = {name: build(node) for name, node in configs[experiment].data.source.items()}
-    dialogues = some_dialogues(sources)
+    dialogues, descriptions = some_dialogues(sources)
+    assert len(descriptions) == len(dialogues)
     assert len(dialogues) >= sum(source.num_samples("en") for source in sources.values())
     for dialogue in dialogues:
         assert dialogue.language == "en"
