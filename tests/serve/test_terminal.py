@@ -28,7 +28,8 @@ from tests.tiny_run import glm_nodes, write_run
 
 # the first process of a session may take a terminal as its own: then Ctrl-C there is a signal, as for a person
 OWN_TERMINAL = (
-    "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "import fcntl, os, signal, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "signal.signal(signal.SIGINT, signal.SIG_DFL); "  # a shell starts what is in the background with it ignored
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
 )
 WAIT = 150.0  # seconds, on a machine that does much else
