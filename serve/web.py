@@ -145,7 +145,6 @@ class Page:
 
     def blocks(self) -> gr.Blocks:
         texts = TEXTS[self.language]
-        most = self.service.session.max_tokens
         blocks = gr.Blocks(
             analytics_enabled=False,
             title=self.service.session.name,
@@ -167,11 +166,7 @@ class Page:
                         type="filepath", image_mode=None, buttons=[], height=320, elem_id="picture",
                     )  # fmt: skip
                     with gr.Accordion(texts["settings"], open=False, elem_id="settings") as settings:
-                        temperature = gr.Slider(0, 2, CHAT.temperature, step=0.05, label=texts["temperature"])
-                        top_p = gr.Slider(0, 1, CHAT.top_p, step=0.05, label=texts["top_p"])
-                        top_k = gr.Slider(0, 200, CHAT.top_k, step=1, label=texts["top_k"])
-                        penalty = gr.Slider(1, 2, CHAT.repetition_penalty, step=0.05, label=texts["penalty"])
-                        tokens = gr.Slider(1, most, min(CHAT.max_new_tokens, most), step=1, label=texts["tokens"])
+                        temperature, top_p, top_k, penalty, tokens = self.sliders(texts)
                     memory = gr.Markdown(self.memory(self.language), elem_id="memory", elem_classes="memory")
                 with gr.Column(scale=5, min_width=320):
                     chat = gr.Chatbot(
@@ -205,6 +200,15 @@ class Page:
             blocks.load(self.opened, None, [language, *labelled], show_progress="hidden", api_visibility="private")
         return blocks.queue(max_size=self.service.line.limits.waiting, default_concurrency_limit=None, api_open=False)
 
+    def sliders(self, texts: dict[str, str]) -> tuple[gr.Slider, ...]:
+        most = self.service.session.max_tokens
+        temperature = gr.Slider(0, 2, CHAT.temperature, step=0.05, label=texts["temperature"])
+        top_p = gr.Slider(0, 1, CHAT.top_p, step=0.05, label=texts["top_p"])
+        top_k = gr.Slider(0, 200, CHAT.top_k, step=1, label=texts["top_k"])
+        penalty = gr.Slider(1, 2, CHAT.repetition_penalty, step=0.05, label=texts["penalty"])
+        tokens = gr.Slider(1, most, min(CHAT.max_new_tokens, most), step=1, label=texts["tokens"])
+        return temperature, top_p, top_k, penalty, tokens
+
     async def ask(
         self,
         conversation: Conversation,
@@ -223,13 +227,7 @@ class Page:
         is_new = picture is not None and picture != conversation.picture
         question = question.strip() or (texts["describe"] if is_new else "")
         try:
-            decoding = Decoding(
-                max_new_tokens=int(tokens),
-                temperature=temperature,
-                top_k=int(top_k),
-                top_p=top_p,
-                repetition_penalty=penalty,
-            )
+            decoding = Decoding(int(tokens), 0, temperature, int(top_k), top_p, penalty)
             # a picture that stays where it is was shown already
             shown = await asyncio.to_thread(self.service.pictures.from_upload, picture) if picture and is_new else None
             ask = await asyncio.to_thread(
