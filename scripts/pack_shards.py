@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 from tqdm import tqdm
 
+from data.caption import is_empty
 from data.decode import open_image, upright
 from data.scan import IMAGE_EXTENSIONS
 from data.source import BadSample
@@ -238,7 +239,7 @@ def _check_captions(record: dict[str, Any]) -> None:
             raise LeftOut(
                 "caption is not text", f"field {language}: {repr(value)[:60]}; expected a string or a list of strings"
             )
-        texts += any(caption.strip() for caption in captions)
+        texts += any(not is_empty(caption) for caption in captions)
     if not texts:
         raise LeftOut("empty text", "fields zh, en: neither holds a caption; expected at least one")
 
