@@ -110,6 +110,8 @@ def stage_one_rank(folder: Path, config: dict[str, Any], ranks: Ranks) -> dict[s
 
 def reference_model(config: dict[str, Any]) -> ImageTextModel:
     vision, qformer = config["vision"], config["qformer"]
+    if not vision.get("qkv_bias", True):
+        raise ValueError("config.json: qkv_bias is false; EVA-ViT has biases of queries and values, as BLIP-2's does")
     encoder = eva_vit(
         image_size=vision["img_size"],
         patch_size=vision["patch_size"],
