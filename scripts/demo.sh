@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All stages on the CPU, in a quarter of an hour: draws scenes, packs shards, trains stage one, aligns a tiny ChatGLM,
+# All stages on the CPU, in 15 to 20 minutes: draws scenes, packs shards, trains stage one, aligns a tiny ChatGLM,
 # fine-tunes it with LoRA, and evaluates each on scenes never seen.
 #   bash scripts/demo.sh             again: goes on where it stopped, or says that it is done
 #   bash scripts/demo.sh --fresh     starts afresh
