@@ -281,7 +281,8 @@ def test_a_client_that_leaves_ends_its_answer(server: Live, client: openai.OpenA
     stream.close()
     wait_until(lambda: server.is_idle)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/", json={"text": "Q", "max_length": 3000, "min_length": 3000}, timeout=0.5)
+        patience = httpx.Timeout(30, read=0.05)  # an idle machine is through in half a second
+        httpx.post(f"{server.url}/", json={"text": "Q", "max_length": 3000, "min_length": 3000}, timeout=patience)
     wait_until(lambda: server.is_idle)
     assert metrics_of(server)["queqiao_tokens_total"] == before, "neither ought to have come to its end"
 
