@@ -1,11 +1,10 @@
-"""What has to hold for a hundred million pairs, at a size that a test can afford."""
+"""What has to hold for a hundred million pairs, at a size that a test can afford; larger ones are in tests/slow/."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import tracemalloc
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import pytest
 import data.index
 from data.mixture import Mixture
 from data.source.shards import ShardSource
-from tests.data.shard_files import MemorySource, bilingual_members, jpeg, make_loader, write_tar
+from tests.data.shard_files import MemorySource, bilingual_members, write_tar
 
 BOTH = {"zh": "zh", "en": "en"}
 
@@ -50,24 +49,3 @@ def test_ranks_that_start_together_agree(tmp_path: Path, monkeypatch, shared_fro
     assert found == [expected] * 8
     left = [path.name for path in tmp_path.rglob("*") if path.name.endswith(".part")]
     assert left == []
-
-
-@pytest.mark.slow
-def test_a_hundred_thousand_samples(tmp_path: Path) -> None:
-    picture = jpeg(0)
-    for shard in range(10):
-        members = []
-        for n in range(shard * 10_000, (shard + 1) * 10_000):
-            members.append((f"{n:09d}.jpg", picture))
-            members.append((f"{n:09d}.json", json.dumps({"zh": f"第{n}张", "en": f"picture {n}"}).encode()))
-        write_tar(tmp_path / f"{shard:05d}.tar", members)
-    source = ShardSource(str(tmp_path / "{00000..00009}.tar"), caption_fields=BOTH)
-    index = source._index
-    arrays = [index.first, index.samples, index.keys, index.key_end, *index.rows.values()]
-    assert sum(array.nbytes for array in arrays) < 80 * 100_000
-    for n in (0, 9_999, 10_000, 54_321, 99_999):
-        assert source.read("zh", n).captions == (f"第{n}张",) and source.read("zh", n).key == f"{n:09d}"
-    streams = [make_loader({"s": source}, global_batch_size=256, num_workers=n).steps(700) for n in (0, 2)]
-    for one, two in islice(zip(*streams, strict=True), 4):
-        assert one.micro_batches[0].text_ids_BL.tolist() == two.micro_batches[0].text_ids_BL.tolist()
-        assert len(set(one.micro_batches[0].text_key_B.tolist())) == 256

@@ -13,6 +13,7 @@ import torch
 
 from data.mixture import Mixture, Plan
 from data.source.shards import ShardSource
+from data.steps import MAX_ATTEMPTS
 from tests.data.shard_files import jpeg, make_loader, texts, write_tar
 from tests.ranks import run_ranks
 from train.distributed import Ranks
@@ -64,6 +65,7 @@ def expected_step(plan: Plan, step: int) -> tuple[list[str], Counter[tuple[str, 
         while (reason := fault(number)) is not None:
             met[f"{number:06d}", reason] += 1
             attempt += 1
+            assert attempt <= MAX_ATTEMPTS, "the loader would have given up"
             number = plan.replacement(stream, epoch=int(rows.epoch[row]), step=step, row=row, attempt=attempt)
         word = "第{}张" if plan.streams[stream].language == "zh" else "picture {}"
         captions.append(word.format(number))
