@@ -32,7 +32,7 @@ class SkipMonitor:
         if window < 1:
             raise ValueError(f"data.loader.skip_window is {window}; expected a number of samples, 1 or more")
         self.max_skip_rate, self.window, self.least = max_skip_rate, window, min(least, window)
-        self.total: Counter[tuple[str, str]] = Counter()  # (source, reason) -> skips this rank has seen
+        self.total: Counter[tuple[str, str]] = Counter()  # (source, reason) -> skips it was told of
         self._steps: deque[tuple[int, int]] = deque()  # (tries, skips) of all ranks
         self._tries = self._bad = 0
         self._latest: deque[Skip] = deque(maxlen=NUM_NAMED)
@@ -40,7 +40,7 @@ class SkipMonitor:
         self._said_at = float("-inf")
 
     def update(self, num_read: int, num_skipped: int, skips: Sequence[Skip] = ()) -> None:
-        """After each step: tries and skips summed over ranks, and this rank's own skips to name.
+        """After each step: tries and skips summed over ranks, and the skips to name: the trainer gathers all ranks'.
 
         Raises ValueError when the share of the latest tries is above `max_skip_rate`.
         """
@@ -71,7 +71,7 @@ class SkipMonitor:
         return (
             f"{self._bad} of the latest {self._tries} samples could not be used "
             f"({self._bad / self._tries:.1%}); data.max_skip_rate allows {self.max_skip_rate:.1%}. "
-            + (f"On this rank: {_table(self.total)}. The latest:\n{named}\n" if named else "Other ranks name them. ")
+            + (f"By source and reason: {_table(self.total)}. The latest:\n{named}\n" if named else "Other ranks name them. ")
             + "Repair or leave out these shards, or raise data.max_skip_rate."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -50,6 +51,8 @@ def start(config: DictConfig) -> Run:
     if device.type == "cpu":  # DeepSpeed chooses when it is first imported, which SwissArmyTransformer may do before us
         os.environ["DS_ACCELERATOR"] = "cpu"
     ranks = Ranks.connect(device)
+    if not ranks.is_first:  # what data warns of, all ranks see alike
+        logging.getLogger("data").setLevel(logging.ERROR)
     _check_batch(config, ranks)
     run_dir = Path(ranks.broadcast_object(str(_run_dir(Path(config.run.dir), config.run.resume))))
     Checkpoints(run_dir, ranks, keep=0).refuse_if_none_is_whole()

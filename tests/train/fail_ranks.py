@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 
@@ -29,6 +30,10 @@ def main(how: str) -> None:
     if how == "a bug":
         with user_errors():
             raise ZeroDivisionError("a mistake of ours")
+    if how == "a long run":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(f"rank {rank} saved"))
+        print("running", flush=True)
+        time.sleep(60)
     if how == "a crash" and rank == 0:
         os.abort()
 

@@ -80,6 +80,26 @@ def test_bugs_and_crashes_keep_what_tells_of_them() -> None:
     assert "torch/distributed/launcher" not in done.stdout, "none of torchrun's own frames"
 
 
+def test_a_launcher_that_is_told_to_stop_says_nothing_itself() -> None:
+    process = subprocess.Popen(
+        ["bash", "scripts/launch.sh", "2", "-m", "tests.train.fail_ranks", "a long run"],
+        cwd=ROOT,
+        env={**os.environ, "QUEQIAO_VENV": str(BIN.parent)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        assert [process.stdout.readline() for _ in range(2)] == ["running\n"] * 2
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "rank 0 saved" in said and "rank 1 saved" in said and "Traceback" not in said, said
+
+
 def test_config_errors_are_told_once() -> None:
     done = launch("-m", "train.pretrain", "experiment=smoke", "train.stepz=3")
     assert done.returncode == 2
@@ -111,3 +131,4 @@ def test_too_many_bad_samples_end_a_run_of_two_ranks_with_our_words(tmp_path: Pa
         "(QUEQIAO_TRACEBACK=1 shows where it was raised)",
     ]
     assert "error: " not in last and "Traceback" not in done.stdout, done.stdout
+    assert before.count("bad samples replaced") == 1, "the other rank warns of the same"
