@@ -71,7 +71,7 @@ class SkipMonitor:
         return (
             f"{self._bad} of the latest {self._tries} samples could not be used "
             f"({self._bad / self._tries:.1%}); data.max_skip_rate allows {self.max_skip_rate:.1%}. "
-            + (f"By source and reason: {_table(self.total)}. The latest:\n{named}\n" if named else "Other ranks name them. ")
+            + (f"By reason: {_table(self.total)}. The latest:\n{named}\n" if named else "Other ranks name them. ")
             + "Repair or leave out these shards, or raise data.max_skip_rate."
         )
 
