@@ -39,6 +39,10 @@ def stop(text: str, code: int) -> NoReturn:
     _wait_for_the_first_rank()
     _write_error_file(text)
     print(text, file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Unwinding while gloo's threads live aborts now and then, and the exit code would be the abort's.
+        sys.stdout.flush()
+        os._exit(code)
     raise SystemExit(code)
 
 
