@@ -42,8 +42,9 @@ def open_image(
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of large pictures, which we refuse, and of broken EXIF
                 image = Image.open(io.BytesIO(raw), formats=formats)
-        except Image.DecompressionBombError as error:
-            raise BadSample("too many pixels", detail=str(error)) from error
+        except Image.DecompressionBombError as error:  # refuses twice its limit, and says so in words of its own
+            pillows = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+            raise BadSample("too many pixels", detail=f"more than {pillows}, the limit is {max_pixels}") from error
         except UnidentifiedImageError as error:
             raise BadSample(_why_unreadable(raw), detail=f"none of {', '.join(formats)}") from error
         except Exception as error:  # Pillow's parsers raise SyntaxError, struct.error, KeyError ... on damaged headers

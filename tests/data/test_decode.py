@@ -85,6 +85,8 @@ def test_the_pixel_limit_holds_before_decompression(monkeypatch) -> None:
     with pytest.raises(BadSample, match="200 x 150, the limit is 29999"):
         open_image(jpeg(1, (200, 150)), max_pixels=29_999)
     assert open_image(jpeg(1, (200, 150)), max_pixels=30_000).size == (200, 150)
+    with pytest.raises(BadSample, match="^too many pixels: more than 178956970, the limit is 30000$"):  # Pillow refuses
+        open_image(huge_png(25_000, 20_000), max_pixels=30_000)
     with pytest.raises(ValueError, match="Pillow's own limit"):
         TrainTransform(max_pixels=10**9)
 
