@@ -38,7 +38,7 @@ class Places:
     def of(self, path: Path_) -> str:
         """ "on the command line: ..." or "configs/train/optim/adamw.yaml, line 3"."""
         dotted = ".".join(path)
-        for override in self.overrides:
+        for override in reversed(self.overrides):  # of two with the same key the last holds
             written = override.lstrip("+~").partition("=")[0]
             inside = dotted.startswith(written + ".") and path[-1] in override  # a.b={c: 1}
             if inside or written == dotted or written.startswith(dotted + "."):

@@ -116,6 +116,12 @@ def test_impossible_value(override: str, message: str) -> None:
         compose("pretrain", [SMOKE, override])
 
 
+def test_repeated_override_is_quoted_by_its_last_value() -> None:
+    for wrong, message in [("many", "train.steps: .*"), ("0", "train.steps=0 ")]:
+        with pytest.raises(ConfigError, match=rf"{message}\(on the command line: train\.steps={wrong}\)"):
+            compose("pretrain", [SMOKE, "train.steps=5", f"train.steps={wrong}"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
