@@ -7,7 +7,7 @@
 
 PAIRS.jsonl has one JSON object a line: `image`, the picture's path relative to the file, and `zh`, `en` or both, each a
 caption or a list of captions; other fields are kept.  In a folder, a picture a.jpg has its captions in a.zh.txt and
-a.en.txt, or in a.txt with --language.
+a.en.txt, or in a.txt with --language; what is hidden there (.thumbnails/, ._a.jpg) is not looked at.
 
 A shard holds 00000012.jpg and 00000012.json for row 12.  The same input gives the same bytes, whatever --workers is.
 Rows that cannot be used are left out, reported by reason, and listed in OUT_DIR/left_out.jsonl; so are pictures that do
@@ -126,12 +126,13 @@ class FolderRows(Rows):
 
     @classmethod
     def scan(cls, root: Path, language: str | None, *, allow_outside: bool = False) -> FolderRows:
-        pictures = sorted(
-            str(path.relative_to(root))
-            for path in root.rglob("*")
-            if path.suffix.lower() in PICTURES and path.is_file()
+        pictures = [path.relative_to(root) for path in root.rglob("*") if path.suffix.lower() in PICTURES]
+        shown = sorted(
+            str(path)
+            for path in pictures
+            if not any(part.startswith(".") for part in path.parts) and (root / path).is_file()
         )
-        return cls(root, allow_outside, language, pictures, range(1, len(pictures) + 1))
+        return cls(root, allow_outside, language, shown, range(1, len(shown) + 1))
 
     def read(self, i: int) -> dict[str, Any]:
         record: dict[str, Any] = {"image": self.pictures[i]}

@@ -243,6 +243,17 @@ def test_a_folder_of_pictures_with_text_files(tmp_path: Path, pack) -> None:
     assert "expected --language zh or --language en" in pack(tmp_path / "pictures", tmp_path / "out2")
 
 
+def test_hidden_files_of_a_folder_are_not_looked_at(tmp_path: Path, pack) -> None:
+    root = tmp_path / ".pictures"  # what the user names may be hidden
+    for name in ("0.jpg", "._0.jpg", ".thumbnails/0.jpg", "deep/.1.jpg"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(jpeg(0))
+        (root / name).with_suffix(".en.txt").write_text(name)
+    out = pack(root, tmp_path / "out")
+    assert "left out" not in out and out.splitlines()[-1].startswith("packed 1 sample ")
+    assert ShardSource(str(tmp_path / "out"), caption_fields=BOTH).read("en", 0).captions == ("0.jpg",)
+
+
 def test_other_field_names_and_smaller_pictures(tmp_path: Path, pack) -> None:
     file = write_pairs(
         tmp_path,
