@@ -59,8 +59,8 @@ class Decoding:
             raise ValueError(f"temperature is {self.temperature}; expected 0 (the most likely token) or more")
         if not 0 <= self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected a probability, 0 to 1")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; expected more than 0 (1 is none)")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; expected 0.01 to 100 (1 is none)")
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError(
                 f"num_beams={self.num_beams} and temperature={self.temperature}: beam search draws nothing; set one of "
@@ -228,7 +228,8 @@ class Chooser:
 
     def _drawn(self, logits_BV: Tensor, uniform_B: Tensor) -> Tensor:
         warm_B = torch.where(self.temperature_B > 0, self.temperature_B, 1.0)
-        logits_BV = logits_BV / warm_B[:, None]
+        # The largest is 0: a tiny temperature then leaves the likeliest, where dividing alone would overflow.
+        logits_BV = (logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / warm_B[:, None]
         if self.restricts:
             logits_BV = restrict(logits_BV, self.top_k_B, self.top_p_B)
         return draw(logits_BV, uniform_B)

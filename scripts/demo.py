@@ -253,8 +253,9 @@ def report(folder: Path, config: DictConfig) -> dict[str, float]:
 
 
 def read_metrics(file: Path, kind: str) -> list[dict[str, Any]]:
-    entries = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
-    return [entry for entry in entries if entry["kind"] == kind]
+    from train.json_lines import json_lines
+
+    return [entry for entry in json_lines(file)[0] if entry["kind"] == kind]
 
 
 # ----------------------------------------------------------------------------------------------------------- the report

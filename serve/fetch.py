@@ -21,12 +21,18 @@ _PART = 65536
 
 
 def is_public(address: str) -> bool:
-    """Neither loopback, private, link-local, multicast nor reserved, also not inside IPv6 (::ffff:10.0.0.1)."""
+    """Neither loopback, private, link-local, multicast nor reserved, also not inside IPv6 (::ffff:10.0.0.1).
+
+    Of IPv6 only 2000::/3, the global unicast addresses there are (RFC 4291), and IPv4 within it or mapped to it.
+    """
     found: Any = ipaddress.ip_address(address.split("%")[0])
     if isinstance(found, ipaddress.IPv6Address):
+        last: Any = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
         inner: Any = found.ipv4_mapped or found.sixtofour or (found.teredo[1] if found.teredo else None)
-        if found in ipaddress.ip_network("64:ff9b::/96"):
-            inner = ipaddress.ip_address(int(found) & 0xFFFFFFFF)
+        if found in ipaddress.ip_network("64:ff9b::/96") or int(found) >> 32 & 0xFDFFFFFF == 0x5EFE:  # NAT64, ISATAP
+            inner = last
+        elif inner is None and found not in ipaddress.ip_network("2000::/3"):
+            return False
         if inner is not None and not inner.is_global:
             return False
     return bool(found.is_global and not found.is_multicast)

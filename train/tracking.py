@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from train.evaluator.predictions import Predictions
+from train.json_lines import lines_of
 
 # Dense tensor-core peaks in TFLOP/s (bf16 or fp16), NVIDIA's data sheets, without sparsity.
 PEAK_TFLOPS = {
@@ -55,7 +56,7 @@ class MetricsFile:
 
 def _lines_until(path: Path, step: int) -> list[str]:
     kept: dict[Any, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+    for number, line in enumerate(lines_of(path)):
         try:
             entry = json.loads(line)
             kind, at = entry["kind"], int(entry["step"])

@@ -173,6 +173,15 @@ def test_a_token_is_drawn_as_often_as_it_is_likely() -> None:
     assert draw(logits_V[None], torch.tensor([1 - 2**-53], dtype=torch.float64)).tolist() == [3]
 
 
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-7])
+def test_next_to_no_temperature_is_none(models: dict[str, LanguageModel], temperature: float) -> None:
+    """Logits over 1e-38 alone would be infinite, and their softmax no number."""
+    llm = next(iter(models.values()))
+    ids_BL, mask_BL = prompts(llm)
+    drawn = say(llm, ids_BL, mask_BL, Decoding(12, temperature=temperature, seed=1))
+    assert drawn == say(llm, ids_BL, mask_BL, Decoding(12))
+
+
 def test_repeating_is_never_rewarded() -> None:
     """SAT divides negative logits too, which makes them larger (`base_strategy.py:82-87`)."""
     from transformers import RepetitionPenaltyLogitsProcessor

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from train.json_lines import lines_of
 from train.optim import format_table
 
 _NO_METRIC = ("kind", "step", "evaluator", "time")
@@ -29,7 +30,7 @@ def before_and_after(metrics_file: Path) -> str:
 def first_and_last(metrics_file: Path) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Each evaluator's lines of the earliest step and of the latest, which may be the same."""
     lines: dict[str, list[dict[str, Any]]] = {}
-    for text in metrics_file.read_text(encoding="utf-8").splitlines():
+    for text in lines_of(metrics_file):
         line = json.loads(text)
         if line["kind"] == "eval":
             lines.setdefault(line["evaluator"], []).append(line)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from train.distributed import Ranks
+from train.json_lines import lines_of
 
 PREDICTIONS, METRICS = "predictions.jsonl", "metrics.json"  # of one evaluation, in a folder of its own
 FIRST, NEWEST = "training_first", "training_newest"  # those folders for what training evaluates, in <run>/eval
@@ -126,7 +127,7 @@ class Progress:
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
     """Every line of a finished file, as it stands."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in lines_of(path)]
 
 
 def _step_of(folder: Path) -> float:
@@ -145,7 +146,7 @@ def _line(place: Place, row: Row) -> str:
 def _read(path: Path) -> dict[Place, Row]:
     found: dict[Place, Row] = {}
     if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in lines_of(path):
             try:
                 row = json.loads(line)
                 place = (str(row.pop("evaluator")), str(row.pop("part")), int(row["index"]))

@@ -13,6 +13,7 @@ from typing import Any
 
 from train.evaluation import CONFIG
 from train.evaluator.predictions import FIRST, METRICS, NEWEST, PREDICTIONS
+from train.json_lines import json_lines
 
 NO_METRIC = ("kind", "step", "evaluator", "time")
 NOT_CLINICAL = "Not for clinical use"
@@ -168,23 +169,6 @@ def _made_again(made: PredictionSet, by_all: Sequence[PredictionSet]) -> bool:
     """Whether evaluate.py predicted everything that training predicted of the same weights."""
     others = [one for one in by_all if one.step == made.step and not one.in_training]
     return made.in_training and any(made.parts.keys() <= one.parts.keys() for one in others)
-
-
-def json_lines(file: Path) -> tuple[list[dict[str, Any]], int]:
-    """The objects of a file with one a line, and how many lines are none."""
-    found, broken = [], 0
-    for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
-        if not text.strip():
-            continue
-        try:
-            line = json.loads(text)
-        except ValueError:
-            line = None
-        if isinstance(line, dict):
-            found.append(line)
-        else:
-            broken += 1
-    return found, broken
 
 
 def read_config(file: Path) -> dict[str, Any]:
