@@ -152,6 +152,27 @@ def compose(
     Raises:
         ConfigError: names each unknown key, where it stands and the nearest right one; missing and impossible values.
     """
+    config, places = _composed(name, overrides, config_dir, own_dir)
+    if base is not None:
+        over = OmegaConf.merge(base, config)
+        assert isinstance(over, DictConfig)
+        config = over
+    asked_for: set[str] = set()
+    with suppress(OmegaConfBaseException):  # an interpolation that leads nowhere is told below
+        asked_for = OmegaConf.missing_keys(config)  # the schema's defaults would fill these in silently
+
+    _refuse(unknown_keys(OmegaConf.to_container(config), schema, places))
+    config = _filled_in(config, schema, places)
+    if asked_for:
+        missing = sorted(asked_for)
+        raise ConfigError(f"not set: {', '.join(missing)}.  Say it on the command line, e.g. {missing[0]}=...")
+    _refuse(choices_and_bounds(config, schema, places))
+    _refuse(unknown_keys(OmegaConf.to_container(config), schema, places))  # again: interpolations are values now
+    return config
+
+
+def _composed(name: str, overrides: Sequence[str], config_dir: Path, own_dir: Path | None) -> tuple[DictConfig, Places]:
+    """What Hydra makes of the files and overrides, unchecked, and where each of its keys was written."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -170,35 +191,24 @@ def compose(
     places = Places(folders, name, overrides, dict(config.hydra.runtime.choices))
     OmegaConf.set_struct(config, False)
     del config["hydra"]
-    if base is not None:
-        over = OmegaConf.merge(base, config)
-        assert isinstance(over, DictConfig)
-        config = over
-    asked_for: set[str] = set()
-    with suppress(OmegaConfBaseException):  # an interpolation that leads nowhere is told below
-        asked_for = OmegaConf.missing_keys(config)  # the schema's defaults would fill these in silently
+    return config, places
 
-    problems = unknown_keys(OmegaConf.to_container(config), schema, places)
-    if problems:
-        raise ConfigError("\n".join(problems))
+
+def _filled_in(config: DictConfig, schema: type, places: Places) -> DictConfig:
+    """With the schema's defaults and types, every interpolation resolved."""
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), config)
-        assert isinstance(merged, DictConfig)
-        config = merged
-        OmegaConf.resolve(config)
+        filled = OmegaConf.merge(OmegaConf.structured(schema), config)
+        assert isinstance(filled, DictConfig)
+        OmegaConf.resolve(filled)
     except OmegaConfBaseException as error:
         where = places.of(tuple(str(error.full_key or "").split(".")))
         raise ConfigError(f"{error.full_key}: {_plain(error).splitlines()[0]} ({where})") from None
-    missing = sorted(asked_for)
-    if missing:
-        first = missing[0]
-        raise ConfigError(f"not set: {', '.join(missing)}.  Say it on the command line, e.g. {first}=...")
-    problems = choices_and_bounds(config, schema, places)
-    if not problems:  # again, now that it is seen what interpolations lead to
-        problems = unknown_keys(OmegaConf.to_container(config), schema, places)
+    return filled
+
+
+def _refuse(problems: Sequence[str]) -> None:
     if problems:
         raise ConfigError("\n".join(problems))
-    return config
 
 
 def _checked_own_dir(own_dir: Path, config_dir: Path) -> Path:
