@@ -39,7 +39,7 @@ def beam_search(
     """
     assert llm.codec is not None
     first, num_rows, device = _alike(rows), len(ids_BL), ids_BL.device
-    num_beams, pad_id = first.num_beams, llm.codec.pad_id
+    num_beams = first.num_beams
     stop = torch.tensor(llm.codec.stop_ids, device=device)
     hidden_BD, cache = llm.prefill(embedded_BLD, ids_BL, mask_BL, room=first.max_new_tokens)
     spread_BK = torch.arange(num_rows, device=device).repeat_interleave(num_beams)
@@ -48,45 +48,64 @@ def beam_search(
     chooser = Chooser([row for row in rows for _ in range(num_beams)], ids_BL[spread_BK], mask_BL[spread_BK],
                       llm.codec, llm.vocab_size)  # fmt: skip
 
-    score_BK = torch.full((num_rows, num_beams), NEVER, device=device)
-    score_BK[:, 0] = 0.0  # all beams are still the same
-    said_BKN = torch.full((num_rows, num_beams, first.max_new_tokens), pad_id, device=device)
-    best_BKN, best_score_BK = said_BKN.clone(), torch.full_like(score_BK, NEVER)
-    open_B1 = torch.ones(num_rows, 1, dtype=torch.bool, device=device)
+    beams = _Beams(first, num_rows, stop, llm.codec.pad_id)
     for step in range(first.max_new_tokens):
         log_p_BKV = llm.logits(hidden_BKD).to(device).float().log_softmax(dim=-1)
         log_p_BKV = chooser.adjusted(log_p_BKV, step).unflatten(0, (num_rows, num_beams))
-        total_B = (score_BK[..., None] + log_p_BKV).flatten(1)
-        # enough that as many beams go on even if every stop id of every beam is among them
-        score_BC, place_BC = total_B.topk(min((1 + len(stop)) * num_beams, total_B.shape[1]))
-        parent_BC, token_BC = place_BC // llm.vocab_size, place_BC % llm.vocab_size
-        new_BCN = _rows(said_BKN, parent_BC)
-        new_BCN[:, :, step] = token_BC
-        ended_BC = torch.isin(token_BC, stop) | (step + 1 == first.max_new_tokens)
-
-        length = (step + 1) ** first.length_penalty
-        is_best_BC = ended_BC & open_B1
-        is_best_BC[:, num_beams:] = False  # an answer has to be among the best to count
-        final_BC = (score_BC / length).masked_fill(~is_best_BC, NEVER)
-        best_score_BK, kept_BK = torch.cat([best_score_BK, final_BC], dim=1).topk(num_beams)
-        best_BKN = _rows(torch.cat([best_BKN, new_BCN], dim=1), kept_BK)
-
-        score_BK, going_BK = score_BC.masked_fill(ended_BC, NEVER).topk(num_beams)
-        said_BKN = _rows(new_BCN, going_BK)
-        open_B1 = open_B1 & (score_BK[:, :1] / length > best_score_BK[:, -1:])
-        if step + 1 == first.max_new_tokens or not (never_early or bool(open_B1.any())):
+        parent_BK = beams.grow(log_p_BKV, step)
+        if step + 1 == first.max_new_tokens or not (never_early or beams.any_open):
             break
-        parent_BK = parent_BC.gather(1, going_BK)
         from_BK = (parent_BK + num_beams * torch.arange(num_rows, device=device)[:, None]).flatten()
         llm.select(cache, from_BK)
         chooser.seen_BV = chooser.seen_BV[from_BK]
-        token_BK = said_BKN[:, :, step].flatten()
+        token_BK = beams.said_BKN[:, :, step].flatten()
         chooser.saw(token_BK)
         hidden_BKD = llm.extend(token_BK, cache)
-    best_BN = best_BKN[:, 0]
+    best_BN = beams.best_BKN[:, 0]
     ends_BN = torch.isin(best_BN, stop)
     length_B = torch.where(ends_BN.any(dim=1), ends_BN.int().argmax(dim=1) + 1, first.max_new_tokens)
     return best_BN[:, : int(length_B.max())]
+
+
+class _Beams:
+    """The open beams of every row and its best finished answers, both from the likeliest on."""
+
+    def __init__(self, decoding: Decoding, num_rows: int, stop: Tensor, pad_id: int) -> None:
+        num_beams, length = decoding.num_beams, decoding.max_new_tokens
+        self.num_beams, self.length, self.length_penalty = num_beams, length, decoding.length_penalty
+        self.stop = stop
+        self.score_BK = torch.full((num_rows, num_beams), NEVER, device=stop.device)
+        self.score_BK[:, 0] = 0.0  # all beams are still the same
+        self.said_BKN = torch.full((num_rows, num_beams, length), pad_id, device=stop.device)
+        self.best_BKN, self.best_score_BK = self.said_BKN.clone(), torch.full_like(self.score_BK, NEVER)
+        self.open_B1 = torch.ones(num_rows, 1, dtype=torch.bool, device=stop.device)
+
+    @property
+    def any_open(self) -> bool:
+        """Waits for the device."""
+        return bool(self.open_B1.any())
+
+    def grow(self, log_p_BKV: Tensor, step: int) -> Tensor:
+        """One more token, number `step` from 0.  -> parent_BK, the beam that each one now goes on from"""
+        total_B = (self.score_BK[..., None] + log_p_BKV).flatten(1)
+        # enough that as many beams go on even if every stop id of every beam is among them
+        score_BC, place_BC = total_B.topk(min((1 + len(self.stop)) * self.num_beams, total_B.shape[1]))
+        parent_BC, token_BC = place_BC // log_p_BKV.shape[2], place_BC % log_p_BKV.shape[2]
+        new_BCN = _rows(self.said_BKN, parent_BC)
+        new_BCN[:, :, step] = token_BC
+        ended_BC = torch.isin(token_BC, self.stop) | (step + 1 == self.length)
+
+        length = (step + 1) ** self.length_penalty
+        is_best_BC = ended_BC & self.open_B1
+        is_best_BC[:, self.num_beams :] = False  # an answer has to be among the best to count
+        final_BC = (score_BC / length).masked_fill(~is_best_BC, NEVER)
+        self.best_score_BK, kept_BK = torch.cat([self.best_score_BK, final_BC], dim=1).topk(self.num_beams)
+        self.best_BKN = _rows(torch.cat([self.best_BKN, new_BCN], dim=1), kept_BK)
+
+        self.score_BK, going_BK = score_BC.masked_fill(ended_BC, NEVER).topk(self.num_beams)
+        self.said_BKN = _rows(new_BCN, going_BK)
+        self.open_B1 = self.open_B1 & (self.score_BK[:, :1] / length > self.best_score_BK[:, -1:])
+        return parent_BC.gather(1, going_BK)
 
 
 def _alike(rows: Sequence[Decoding]) -> Decoding:
