@@ -1,7 +1,7 @@
 """A small domain of its own for the demo's fine-tuning: grey pictures of shapes with a finding to report, or none.
 
 Colour does not count here, and what does, a dark spot or a crack in one of the shapes, occurs in no other scene.
-As in `synthetic.py` a composition, its finding included, is held out by its hash alone.
+A composition, its finding included, is held out by its hash alone (`compositions.py`).
 """
 
 from __future__ import annotations
@@ -17,20 +17,9 @@ from PIL import Image, ImageDraw
 
 from data.batch import Dialogue, Turn
 from data.source import RawDialogue
+from data.source.compositions import LANGUAGES, Composition, Compositions, Split
 from data.source.scene_dialogues import Kinds, places
-from data.source.synthetic import (
-    ARRANGEMENTS,
-    COLOURS,
-    HELD_OUT_SHARE,
-    LANGUAGES,
-    PHRASINGS,
-    SHAPES,
-    SIZES,
-    Scene,
-    Split,
-    Thing,
-    draw,
-)
+from data.source.synthetic import ARRANGEMENTS, COLOURS, PHRASINGS, SHAPES, SIZES, Scene, Thing, draw
 
 QUESTIONS = {
     "report": {"zh": "写出这张灰度图的报告。", "en": "Report on this grey picture."},
@@ -42,7 +31,7 @@ NORMAL_SHARE = 0.3
 
 
 @dataclass(frozen=True)
-class GreyScene:
+class GreyScene(Composition):
     """Shapes and sizes of a scene, and what is wrong with which of them; `finding` is None where nothing is."""
 
     things: tuple[tuple[str, str], ...]  # (shape, size)
@@ -52,10 +41,6 @@ class GreyScene:
     @property
     def name(self) -> str:
         return f"{self.arrangement}: {self.things}: {self.finding}"
-
-    @property
-    def split(self) -> Split:
-        return "held_out" if _hash(self.name) < HELD_OUT_SHARE * 2**64 else "training"
 
     def found(self, language: str) -> str:
         """The finding in words."""
@@ -77,14 +62,15 @@ class GreyScene:
                 PHRASINGS[language][self.arrangement]]  # fmt: skip
 
 
-class GreyScenes:
+class GreyScenes(Compositions[GreyScene]):
     """Sample `index` of a language: one grey scene, one question, and as candidates every right answer to it.
 
     ask          how often it is the whole report, how often the finding alone
-    all others   as `SceneSource`; held-out scenes are all different
+    all others   as `Compositions`
     """
 
     scans = True
+    key = "grey "
 
     def __init__(
         self,
@@ -98,23 +84,12 @@ class GreyScenes:
         languages: Sequence[str] = LANGUAGES,
         ask: Mapping[str, float] | None = None,
     ) -> None:
-        if num_scenes < 1:
-            raise ValueError(f"source {name!r}: num_scenes must be at least 1, got {num_scenes}")
-        self.name, self.split, self.seed, self.image_size = name, split, seed, image_size
-        self.languages, self.objects, self._num_scenes = tuple(languages), tuple(map(float, objects)), num_scenes
+        super().__init__(num_scenes, name=name, split=split, seed=seed, image_size=image_size, objects=objects,
+                         languages=languages)  # fmt: skip
         self.kinds = Kinds(ask or {"report": 1}, tuple(QUESTIONS), source=name, seed=seed)
-        self._distinct = self._draw_distinct() if split == "held_out" else None
-
-    def num_samples(self, language: str) -> int:
-        return self._num_scenes if language in self.languages else 0
-
-    def scene(self, index: int) -> GreyScene:
-        if self._distinct is not None:
-            return self._distinct[index]
-        return self._draw_scene(self._random("composition", index))
 
     def picture(self, index: int) -> Image.Image:
-        return draw_grey(self.scene(index), self._random("picture", index), self.image_size)
+        return draw_grey(self.scene(index), self.keyed_random("picture", index), self.image_size)
 
     def dialogues(self, language: str, index: int) -> tuple[Dialogue, ...]:
         scene = self.scene(index)
@@ -138,42 +113,18 @@ class GreyScenes:
     def fingerprint(self) -> Mapping[str, Any]:
         rules = repr([QUESTIONS, FINDINGS, NOTHING, NORMAL_SHARE, SHAPES, SIZES, ARRANGEMENTS, PHRASINGS])
         return {
+            **super().fingerprint(),
             "kind": "grey scenes",
-            "split": self.split,
-            "seed": self.seed,
-            "num_scenes": self._num_scenes,
-            "image_size": self.image_size,
-            "objects": list(self.objects),
-            "languages": list(self.languages),
             "ask": self.kinds.weights,
             "rules": hashlib.sha256(rules.encode()).hexdigest()[:16],
         }
 
-    def _random(self, what: str, index: int) -> random.Random:
-        return random.Random(_hash(f"grey {what}/{self.split}/{self.seed}/{index}"))
-
-    def _draw_scene(self, random_: random.Random) -> GreyScene:
-        while True:
-            (count,) = random_.choices((1, 2, 3), self.objects)
-            things = tuple((random_.choice(list(SHAPES)), random_.choice(list(SIZES))) for _ in range(count))
-            arrangement = random_.choice([name for name, where in ARRANGEMENTS.items() if len(where) == count])
-            normal = random_.random() < NORMAL_SHARE
-            finding = None if normal else (random_.choice(list(FINDINGS)), random_.randrange(count))
-            scene = GreyScene(things, arrangement, finding)
-            if len(set(things)) == count and scene.split == self.split:
-                return scene
-
-    def _draw_distinct(self) -> list[GreyScene]:
-        random_, scenes = self._random("compositions", 0), dict[str, GreyScene]()
-        for _ in range(50 * self._num_scenes):
-            if len(scenes) == self._num_scenes:
-                return list(scenes.values())
-            scene = self._draw_scene(random_)
-            scenes.setdefault(scene.name, scene)
-        raise ValueError(
-            f"source {self.name!r}: found only {len(scenes)} different compositions for {self._num_scenes} scenes; ask "
-            "for fewer, or for more objects in a scene"
-        )
+    def compose(self, count: int, random_: random.Random) -> GreyScene:
+        things = tuple((random_.choice(list(SHAPES)), random_.choice(list(SIZES))) for _ in range(count))
+        arrangement = random_.choice([name for name, where in ARRANGEMENTS.items() if len(where) == count])
+        normal = random_.random() < NORMAL_SHARE
+        finding = None if normal else (random_.choice(list(FINDINGS)), random_.randrange(count))
+        return GreyScene(things, arrangement, finding)
 
 
 def draw_grey(scene: GreyScene, random_: random.Random, image_size: int) -> Image.Image:
@@ -203,7 +154,3 @@ def _mark(
         bends = [random_.uniform(-0.22, 0.22) * radius for _ in range(5)]
         line = [(x + bend, y + radius * (0.45 * k - 0.9)) for k, bend in enumerate(bends)]
         pen.line(line, fill=255, width=max(1, round(0.26 * radius)), joint="curve")
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -11,7 +11,8 @@ from typing import Any
 from data.batch import Dialogue, Turn
 from data.keyed import keyed_rng
 from data.source import RawDialogue
-from data.source.synthetic import COLOURS, LANGUAGES, SHAPES, Scene, SceneSource, Split
+from data.source.compositions import LANGUAGES, Split
+from data.source.synthetic import COLOURS, SHAPES, Scene, SceneSource
 
 QUESTIONS = {
     "zh": ("描述这张图片。", "图片里有什么？", "请说明图中的内容。"),
@@ -35,7 +36,7 @@ class SceneDialogues:
 
     ask               kinds of questions, relative to each other: caption, or one of `ABOUT`
     text_only_every   every so many-th sample has no picture and asks to say a caption in other words; 0: none
-    all others        as `SceneSource`
+    all others        as `Compositions`
     """
 
     scans = True

@@ -2,8 +2,7 @@
 
 A first run needs pictures and captions, and this project ships none.  A scene is drawn from its *composition* (which
 objects, which sizes and colours, how they are arranged), and everything a caption says is in the composition, so
-whether a caption is right can be decided exactly.  Whether a composition is for training or held out follows from its
-hash alone: held-out compositions never occur in training, whatever the seed and the number of samples.
+whether a caption is right can be decided exactly.  Which compositions are held out: see `compositions.py`.
 """
 
 from __future__ import annotations
@@ -14,18 +13,15 @@ import json
 import math
 import random
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from PIL import Image, ImageDraw
 
 from data.source import RawSample
-
-Split = Literal["training", "held_out"]
-LANGUAGES = ("zh", "en")
-HELD_OUT_SHARE = 0.2
+from data.source.compositions import COUNTS, HELD_OUT_SHARE, Composition, Compositions, check_language
 
 # name: (English, Chinese, RGB).  Far apart even for a picture of 64 pixels.
 COLOURS = {
@@ -66,7 +62,7 @@ ARRANGEMENTS: dict[str, tuple[tuple[float, float], ...]] = {
     "three in a row": ((0.17, 0.5), (0.5, 0.5), (0.83, 0.5)),
     "three in a column": ((0.5, 0.17), (0.5, 0.5), (0.5, 0.83)),
 }
-_OF_COUNT = {n: tuple(name for name, places in ARRANGEMENTS.items() if len(places) == n) for n in (1, 2, 3)}
+_OF_COUNT = {n: tuple(name for name, places in ARRANGEMENTS.items() if len(places) == n) for n in COUNTS}
 
 # {0}, {1}, {2} are the objects from left to right or from top to bottom, and are named in this order: so what is said
 # first follows from the picture alone, not from a choice that the rest of the caption must keep to.
@@ -133,7 +129,7 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Scene:
+class Scene(Composition):
     """A composition: its objects from left to right or from top to bottom, and how they are arranged."""
 
     things: tuple[Thing, ...]
@@ -141,16 +137,11 @@ class Scene:
 
     @property
     def name(self) -> str:
-        """Says the composition and nothing else: equal names, equal compositions."""
         return self.arrangement + ": " + ", ".join(f"{t.size} {t.colour} {t.shape}" for t in self.things)
-
-    @property
-    def split(self) -> Split:
-        return "held_out" if _hash(self.name) < HELD_OUT_SHARE * 2**64 else "training"
 
     def captions(self, language: str) -> list[str]:
         """Every phrasing that says what is there, and no other."""
-        _check_language(language)
+        check_language(language)
         words = [thing.words(language) for thing in self.things]
         return [pattern.format(*words) for pattern in PHRASINGS[language][self.arrangement]]
 
@@ -170,51 +161,12 @@ class SceneJudge:
         return _bare(caption) in {_bare(right) for right in sample.captions}
 
 
-class SceneSource:
+class SceneSource(Compositions[Scene]):
     """Scenes as a source of samples: sample `index` of a language, the same bytes for the same (seed, split, index).
 
     Both languages show the same pictures; the captions of a sample are all phrasings of its language.  `image_id` is
     the composition: two pictures of one composition have the same captions, so neither is a negative of the other.
-
-    num_scenes  pictures, and therefore samples of each language
-    objects     how often a scene has one, two, three objects, relative to each other
-    distinct    no composition twice, what a pool to retrieve from needs (default: on for held-out scenes)
     """
-
-    def __init__(
-        self,
-        num_scenes: int,
-        *,
-        name: str = "scenes",
-        split: Split = "training",
-        seed: int = 0,
-        image_size: int = 64,
-        objects: Sequence[float] = (1, 4, 0.5),
-        languages: Sequence[str] = LANGUAGES,
-        distinct: bool | None = None,
-    ) -> None:
-        if num_scenes < 1:
-            raise ValueError(f"source {name!r}: num_scenes must be at least 1, got {num_scenes}")
-        if split not in ("training", "held_out"):
-            raise ValueError(f"source {name!r}: split must be 'training' or 'held_out', got {split!r}")
-        for language in languages:
-            _check_language(language)
-        self.name = name
-        self.languages = tuple(languages)
-        self.split: Split = split
-        self.seed = seed
-        self.image_size = image_size
-        self.objects = tuple(float(weight) for weight in objects)
-        if len(self.objects) != len(_OF_COUNT) or min(self.objects) < 0 or sum(self.objects) == 0:
-            raise ValueError(
-                f"source {name!r}: objects weighs scenes of one, two and three objects against each other and takes "
-                f"three numbers from 0 up, got {list(self.objects)}"
-            )
-        self._num_scenes = num_scenes
-        self._distinct = self._draw_distinct() if (split == "held_out" if distinct is None else distinct) else None
-
-    def num_samples(self, language: str) -> int:
-        return self._num_scenes if language in self.languages else 0
 
     def read(self, language: str, index: int) -> RawSample:
         scene = self.scene(index)
@@ -227,30 +179,16 @@ class SceneSource:
         )
 
     def fingerprint(self) -> Mapping[str, Any]:
-        """Equal for sources that hold the same samples."""
         rules = [SHAPES, COLOURS, SIZES, OUTLINE, BACKGROUNDS, ARRANGEMENTS, PHRASINGS, HELD_OUT_SHARE]
         return {
+            **super().fingerprint(),
             "kind": "scenes",
-            "split": self.split,
-            "seed": self.seed,
-            "num_scenes": self._num_scenes,
-            "image_size": self.image_size,
-            "objects": list(self.objects),
-            "languages": list(self.languages),
             "distinct": self._distinct is not None,
             "rules": hashlib.sha256(json.dumps(rules, ensure_ascii=False).encode()).hexdigest()[:16],
         }
 
-    def scene(self, index: int) -> Scene:
-        """The composition of sample `index`; random access, O(1)."""
-        if not 0 <= index < self._num_scenes:
-            raise IndexError(f"source {self.name!r} has {self._num_scenes} scenes, there is no scene {index}")
-        if self._distinct is not None:
-            return self._distinct[index]
-        return self._draw_scene(self._random("composition", index))
-
     def picture(self, index: int) -> Image.Image:
-        return draw(self.scene(index), self._random("picture", index), self.image_size)
+        return draw(self.scene(index), self.keyed_random("picture", index), self.image_size)
 
     def write_pairs(self, folder: str | Path) -> Path:
         """Pictures and PAIRS.jsonl as `scripts/pack_shards.py` reads them, all phrasings of each language in a list.
@@ -269,33 +207,12 @@ class SceneSource:
                 file.write(json.dumps(pair, ensure_ascii=False) + "\n")
         return path
 
-    def _random(self, what: str, index: int) -> random.Random:
-        return random.Random(_hash(f"{what}/{self.split}/{self.seed}/{index}"))
-
-    def _draw_scene(self, random_: random.Random) -> Scene:
-        while True:
-            (count,) = random_.choices(list(_OF_COUNT), self.objects)
-            things = tuple(
-                Thing(random_.choice(list(SHAPES)), random_.choice(list(COLOURS)), random_.choice(list(SIZES)))
-                for _ in range(count)
-            )
-            scene = Scene(things, random_.choice(_OF_COUNT[count]))
-            if len(set(things)) == count and scene.split == self.split:
-                return scene
-
-    def _draw_distinct(self) -> list[Scene]:
-        random_, scenes = self._random("compositions", 0), dict[str, Scene]()
-        for _ in range(50 * self._num_scenes):
-            if len(scenes) == self._num_scenes:
-                break
-            scene = self._draw_scene(random_)
-            scenes.setdefault(scene.name, scene)
-        if len(scenes) < self._num_scenes:
-            raise ValueError(
-                f"source {self.name!r}: found only {len(scenes)} different compositions for {self._num_scenes} scenes; "
-                "ask for fewer, or for more objects in a scene"
-            )
-        return list(scenes.values())
+    def compose(self, count: int, random_: random.Random) -> Scene:
+        things = tuple(
+            Thing(random_.choice(list(SHAPES)), random_.choice(list(COLOURS)), random_.choice(list(SIZES)))
+            for _ in range(count)
+        )
+        return Scene(things, random_.choice(_OF_COUNT[count]))
 
 
 def draw(scene: Scene, random_: random.Random, image_size: int) -> Image.Image:
@@ -360,12 +277,3 @@ def _polar(angle: float, radius: float) -> tuple[float, float]:
 
 def _bare(text: str) -> str:
     return "".join(c for c in unicodedata.normalize("NFKC", text).lower() if unicodedata.category(c)[0] in "LN")
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _check_language(language: str) -> None:
-    if language not in LANGUAGES:
-        raise ValueError(f"scenes are described in {' and '.join(LANGUAGES)}, not in {language!r}")

@@ -61,6 +61,10 @@ def test_held_out_scenes_fingerprints_and_errors() -> None:
     assert held_out.where("zh", 3) == "grey_scenes, held_out scene 3"
     with pytest.raises(ValueError, match="num_scenes must be at least 1"):
         GreyScenes(0)
+    with pytest.raises(ValueError, match="source 'grey_scenes': objects weighs .* three numbers from 0 up"):
+        GreyScenes(5, objects=(1, 2))
+    with pytest.raises(IndexError, match="there is no scene 500"):
+        training.scene(500)
     with pytest.raises(ValueError, match="ask weighs kinds of questions, report, finding"):
         GreyScenes(5, ask={"colour": 1})
     with pytest.raises(ValueError, match="different compositions for 400 scenes"):

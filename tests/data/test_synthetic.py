@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.source.synthetic import ARRANGEMENTS, LANGUAGES, PHRASINGS, Scene, SceneSource, Thing, is_right
+from data.source.compositions import LANGUAGES
+from data.source.synthetic import ARRANGEMENTS, PHRASINGS, Scene, SceneSource, Thing, is_right
 
 RED_CIRCLE, BLUE_STAR = Thing("circle", "red", "large"), Thing("star", "blue", "small")
 
