@@ -91,7 +91,11 @@ class Terminal:
             if not typed:
                 break
             picture, path = self.open(typed), None
-        question = self.first_question if picture is not None else self.read("question")
+        if picture is None:
+            question = self.read("question")
+        else:
+            question = self.first_question
+            self.write(f"{self.texts['question']}{question}\n")  # nobody typed it: who reads the answer has to see it
         while question != "stop":
             if question == "clear":
                 return True
@@ -103,16 +107,16 @@ class Terminal:
 
     def answer(self, picture: Tensor | None, question: str, history: list[Exchange]) -> list[Exchange]:
         """Shows an answer as it comes.  -> the history with it, or with as much as was said"""
-        try:
-            ask = self.session.ask(picture, question, history, decoding=self.decoding)
-        except ValueError as error:
-            self.write(f"{error}\n")
-            return history
-        if ask.encoded.num_cut.get("history") or ask.encoded.num_cut.get("question"):
-            self.tell("cut")
-        self.write(self.texts["answer"].format(name=self.session.name))
         shown = ""
         with interrupted() as is_interrupted:
+            try:
+                ask = self.session.ask(picture, question, history, decoding=self.decoding)
+            except ValueError as error:
+                self.write(f"{error}\n")
+                return history
+            if ask.encoded.num_cut.get("history") or ask.encoded.num_cut.get("question"):
+                self.tell("cut")
+            self.write(self.texts["answer"].format(name=self.session.name))
             for (answer,) in self.session.answers([ask]):
                 self.write(answer.text[len(shown) :])
                 shown = answer.text
@@ -124,15 +128,18 @@ class Terminal:
 
     def open(self, typed: str) -> Tensor | None:
         """The picture at a path that was typed here; None, with a sentence, where it cannot be used."""
-        path = Path(typed.strip("'\"")).expanduser()
-        if not path.is_file():
-            self.tell("absent", path=path)
-            return None
+        path = Path(typed.strip("'\""))
         try:
-            return self.session.picture(path.read_bytes())
-        except (OSError, ValueError) as error:
+            path = path.expanduser()
+            if path.is_file():
+                return self.session.picture(path.read_bytes())
+            self.tell("absent", path=path)
+        except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: the home directory of nobody
             self.tell("unreadable", path=path, error=error)
-            return None
+        except KeyboardInterrupt:  # a large picture takes its time
+            self.write("\n")
+            self.tell("idle")
+        return None
 
     def read(self, prompt: str) -> str:
         """What is typed; Ctrl-C there ends the line, not the program.  Raises EOFError at the end of the input."""

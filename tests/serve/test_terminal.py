@@ -7,13 +7,14 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import pytest
 from PIL import Image
@@ -108,7 +109,7 @@ def test_a_conversation_at_a_terminal(run: Path, fox: Path) -> None:
         person.type("fox.png\n")
         person.wait_for(r"There is no file fox.png\nPath of a picture.*: $")
         person.type(f"'{fox}'\n")
-        person.wait_for("run: ")
+        person.wait_for(r"You: Describe the image.\nrun: ")
         before = person.num_reads
         said = person.wait_for(r"[^\n]{80}")
         assert person.num_reads - before > 5, "words ought to appear as they come"
@@ -199,7 +200,8 @@ def test_chinese_picture_then_questions(session: Session, fox: Path, monkeypatch
     typed(monkeypatch, "内容", "", "clear", "", "内容")
     welcome, *rest = shown(session, "zh", fox)
     assert "tiny" in welcome and "clear" in welcome and "stop" in welcome
-    expected = [f"tiny：{answer}" for answer in (first, second, alone)]
+    answers = [f"tiny：{answer}" for answer in (first, second, alone)]
+    expected = ["用户：描述这张图片。", *answers]  # the question that nobody typed
     assert rest == [*expected, "", "再见。"], "the input ended without a stop"
 
 
@@ -208,14 +210,36 @@ def test_files_that_cannot_be_used_are_asked_for_again(
 ) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"GIF89a")
-    typed(monkeypatch, str(tmp_path), str(broken), "stop")
+    pasted = "What is in the picture? " * 20  # where a path was asked for
+    typed(monkeypatch, str(tmp_path), str(broken), "~nobody9/x.png", pasted, "stop")
     lines = shown(session, "en")
+    assert lines.pop(3).startswith("~nobody9/x.png cannot be read (Could not determine home directory")
+    assert "cannot be read ([Errno 36] File name too long" in lines.pop(3)
     assert lines[1:] == [
         f"There is no file {tmp_path}",
         f"{broken} cannot be read (the picture cannot be used: unreadable image: none of JPEG, PNG, WEBP, GIF, BMP, "
         f"TIFF, AVIF)",
         "Goodbye.",
     ]
+
+
+@pytest.mark.parametrize("slow", ["picture", "ask"])
+def test_ctrl_c_while_a_picture_or_a_question_is_read(
+    session: Session, fox: Path, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    """A large picture takes seconds to decode."""
+
+    def pressed(*given: Any, **more: Any) -> Any:
+        monkeypatch.setattr(session, slow, real)  # once
+        signal.raise_signal(signal.SIGINT)
+        return real(*given, **more)
+
+    real = getattr(session, slow)
+    monkeypatch.setattr(session, slow, pressed)
+    typed(monkeypatch, str(fox), str(fox), "stop")
+    lines = shown(session, "en")
+    assert lines[-1] == "Goodbye." and (TEXTS["en"]["idle"] in lines) == (slow == "picture")
+    assert any(line.endswith(TEXTS["en"]["stopped"]) for line in lines) == (slow == "ask")
 
 
 def test_a_long_conversation_says_that_it_was_cut(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
