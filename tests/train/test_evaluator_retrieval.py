@@ -107,7 +107,7 @@ def test_equals_a_plain_loop(tokenizer_dir: Path, rerank: int, same: bool) -> No
     expected = plain_recall(tokenizer, model, rerank=rerank, same=same)
     evaluator = evaluator_of(tokenizer_dir, rerank=rerank, same_text_is_right=same)
     found = evaluator(model, device=CPU, ranks=ALONE)
-    twins = evaluator.right(evaluator.pool("en", ALONE))["text_to_image"]
+    twins = evaluator.right(evaluator.pools.of("en", ALONE))["text_to_image"]
     assert twins[0] == twins[9] == {0, 6} if same else (twins[0], twins[9]) == ({0}, {6})
     assert {key: found.metrics[f"en/{key}"] for key in expected} == pytest.approx(expected)
     assert len(set(expected.values())) > 4  # numbers that could differ

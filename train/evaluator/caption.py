@@ -19,7 +19,7 @@ from model.image_text import ImageTextModel
 from train.distributed import Ranks
 from train.evaluator import Evaluation, evaluating, in_step
 from train.evaluator.picture import caption_examples, spread
-from train.evaluator.pool import Pool, check_pool, read_pool
+from train.evaluator.pool import Pool, Pools
 from train.evaluator.predictions import Predictions
 from train.evaluator.text_metrics import text_scores, told
 
@@ -60,13 +60,10 @@ class CaptionEvaluator:
             raise ValueError(
                 f"evaluator {name!r}: max_new_tokens {max_new_tokens} and batch_size {batch_size} must be 1 or more"
             )
-        self.name, self.source, self.transform, self.codec, self.judge = name, source, transform, codec, judge
-        self.num_samples, self.max_new_tokens = num_samples, max_new_tokens
-        self.batch_size, self.examples = batch_size, examples
-        self.languages = tuple(languages) if languages else source.languages
-        for language in self.languages:
-            check_pool(source, language, num_samples)
-        self.pools: dict[str, Pool] = {}
+        self.name, self.codec, self.judge = name, codec, judge
+        self.max_new_tokens, self.batch_size, self.examples = max_new_tokens, batch_size, examples
+        self.pools = Pools(source, transform, codec, languages, num_samples=num_samples, captions_per_image=None,
+                           max_text_tokens=max_new_tokens)  # fmt: skip
 
     def __call__(
         self, model: ImageTextModel, *, device: torch.device, ranks: Ranks, predictions: Predictions | None = None
@@ -74,8 +71,8 @@ class CaptionEvaluator:
         predictions = predictions or Predictions(ranks)
         metrics: dict[str, float] = {}
         pictures, lines = {}, []
-        for language in self.languages:
-            pool = self.pool(language, ranks)
+        for language in self.pools.languages:
+            pool = self.pools.of(language, ranks)
             with evaluating(model):
                 captions = self.captions(model, pool, device, ranks, predictions)
             found = text_scores(captions, pool.references, language)
@@ -93,21 +90,6 @@ class CaptionEvaluator:
             if shown and ranks.is_first:
                 pictures[language] = caption_examples(shown, captions, right, pool.references)
         return Evaluation(metrics, pictures, tuple(lines))
-
-    def pool(self, language: str, ranks: Ranks) -> Pool:
-        """Read at the first call, by all ranks together."""
-        if language not in self.pools:
-            self.pools[language] = read_pool(
-                self.source,
-                language,
-                self.transform,
-                self.codec,
-                ranks,
-                num_samples=self.num_samples,
-                captions_per_image=None,
-                max_text_tokens=self.max_new_tokens,
-            )
-        return self.pools[language]
 
     def captions(
         self, model: ImageTextModel, pool: Pool, device: torch.device, ranks: Ranks, predictions: Predictions

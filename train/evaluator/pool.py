@@ -147,6 +147,41 @@ def read_pool(
     )
 
 
+class Pools:
+    """The pool of each language, read when it is first asked for.
+
+    Args:
+        languages: None for all of the source's.
+        others: see `read_pool`.
+    Raises:
+        ValueError: more samples than the source has, before any is read.
+    """
+
+    def __init__(
+        self, source: Source, transform: PairTransform, codec: TextCodec, languages: Sequence[str] | None,
+        *, num_samples: int | None, captions_per_image: int | None, max_text_tokens: int,
+    ) -> None:  # fmt: skip
+        self.languages = tuple(languages) if languages else source.languages
+        for language in self.languages:
+            check_pool(source, language, num_samples)
+        self._read = partial(
+            read_pool,
+            source,
+            transform=transform,
+            codec=codec,
+            num_samples=num_samples,
+            captions_per_image=captions_per_image,
+            max_text_tokens=max_text_tokens,
+        )
+        self._pools: dict[str, Pool] = {}
+
+    def of(self, language: str, ranks: Ranks) -> Pool:
+        """Every rank must ask."""
+        if language not in self._pools:
+            self._pools[language] = self._read(language, ranks=ranks)
+        return self._pools[language]
+
+
 def encoded(captions: Sequence[str], codec: TextCodec, max_tokens: int) -> tuple[Tensor, Tensor, int]:
     """-> ids_TL, mask_TL, and how many captions were cut"""
     ids = [codec.encode(caption) for caption in captions]

@@ -31,7 +31,7 @@ from train.distributed import Ranks
 from train.evaluator import Evaluation, evaluating, everyones, in_step, own_share
 from train.evaluator.matching import Matcher, Ranking, ranked, reranked
 from train.evaluator.picture import spread, text_beside_images
-from train.evaluator.pool import Pool, check_pool, read_pool
+from train.evaluator.pool import Pool, Pools
 from train.evaluator.predictions import Predictions, Row
 
 DIRECTIONS = ("image_to_text", "text_to_image")
@@ -83,20 +83,12 @@ class RetrievalEvaluator:
                 f"evaluator {name!r}: rerank {rerank} must be 0 or more, batch_size {batch_size} and recall "
                 f"{list(recall)} 1 or more, directions {list(directions)} some of {list(DIRECTIONS)}"
             )
-        self.name, self.source, self.transform, self.codec = name, source, transform, codec
         self.recall, self.rerank, self.directions = tuple(recall), rerank, tuple(directions)
         self.same_text_is_right, self.batch_size, self.examples = same_text_is_right, batch_size, examples
-        self.note = note
+        self.name, self.note = name, note
         self.keep_bytes = int(keep_gib * 2**30)
-        self.languages = tuple(languages) if languages else source.languages
-        self._reading: dict[str, Any] = {
-            "num_samples": num_samples,
-            "captions_per_image": captions_per_image,
-            "max_text_tokens": max_text_tokens,
-        }
-        for language in self.languages:
-            check_pool(source, language, num_samples)
-        self.pools: dict[str, Pool] = {}
+        self.pools = Pools(source, transform, codec, languages, num_samples=num_samples,
+                           captions_per_image=captions_per_image, max_text_tokens=max_text_tokens)  # fmt: skip
 
     def __call__(
         self, model: ImageTextModel, *, device: torch.device, ranks: Ranks, predictions: Predictions | None = None
@@ -104,8 +96,8 @@ class RetrievalEvaluator:
         predictions = predictions or Predictions(ranks)
         metrics: dict[str, float] = {}
         pictures, lines = {}, []
-        for language in self.languages:
-            pool = self.pool(language, ranks)
+        for language in self.pools.languages:
+            pool = self.pools.of(language, ranks)
             rows = self._rows(model, pool, device, ranks, predictions)
             found = self._metrics(pool, rows)
             metrics |= {f"{language}/{key}": value for key, value in found.items()}
@@ -114,12 +106,6 @@ class RetrievalEvaluator:
             if picture is not None:
                 pictures[language] = picture
         return Evaluation(metrics, pictures, (*lines, f"    ({self.note})") if self.note else tuple(lines))
-
-    def pool(self, language: str, ranks: Ranks) -> Pool:
-        """Read at the first call, by all ranks together."""
-        if language not in self.pools:
-            self.pools[language] = read_pool(self.source, language, self.transform, self.codec, ranks, **self._reading)
-        return self.pools[language]
 
     # -------------------------------------------------------------------------------------------------- predictions
 
