@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from train.config import build, from_command_line
 from train.failure import user_errors
-from train.loading import build_loader, build_sources
+from train.loading import build_loader, build_sources, evenly
 
 
 def main() -> None:
@@ -52,22 +52,19 @@ def build_llm(config: DictConfig, run: Any, sources: Any) -> Any:
     return load(folder)
 
 
-def some_dialogues(sources: Any, at_most: int = 6000) -> tuple[list[Any], list[Any]]:
+def some_dialogues(sources: Any, about: int = 6000) -> tuple[list[Any], list[Any]]:
     """Texts of every source and language, evenly, without opening a picture; and what is known of the pictures."""
     from data.source import BadSample
 
     found, descriptions = [], []
-    for source in sources.values():
+    for source, language, index in evenly(sources, about):
         describe = getattr(source, "descriptions", lambda language, index: ())
-        for language in source.languages:
-            size = source.num_samples(language)
-            for index in range(0, size, max(1, size // at_most)):
-                try:
-                    candidates = source.dialogues(language, index)
-                except BadSample:
-                    continue
-                found += candidates
-                descriptions += [describe(language, index)] * len(candidates)
+        try:
+            candidates = source.dialogues(language, index)
+        except BadSample:
+            continue
+        found += candidates
+        descriptions += [describe(language, index)] * len(candidates)
     return found, descriptions
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omegaconf import DictConfig
@@ -31,3 +31,12 @@ def build_loader(config: DictConfig, run: Any, sources: Mapping[str, Any], codec
         rank=run.ranks.rank,
         num_ranks=run.ranks.count,
     )
+
+
+def evenly(sources: Mapping[str, Any], about: int) -> Iterator[tuple[Any, str, int]]:
+    """(source, language, index) of so many samples of each source and language, or all, spread over the whole of it."""
+    for source in sources.values():
+        for language in source.languages:
+            size = source.num_samples(language)
+            for index in range(0, size, max(1, size // about)):
+                yield source, language, index

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from train.config import build, from_command_line
 from train.failure import user_errors
-from train.loading import build_loader, build_sources
+from train.loading import build_loader, build_sources, evenly
 
 
 def main() -> None:
@@ -57,21 +57,18 @@ def build_tokenizer(config: DictConfig, run: Any, sources: Any) -> Any:
     return CaptionTokenizer(str(folder))
 
 
-def some_captions(sources: Mapping[str, Any], at_most: int = 2000) -> list[str]:
+def some_captions(sources: Mapping[str, Any], about: int = 2000) -> list[str]:
     """Cleaned captions and keywords, evenly from every source and language, to train a small tokenizer on."""
     from data.caption import clean_caption
     from data.source import BadSample
 
     texts = []
-    for source in sources.values():
-        for language in source.languages:
-            size = source.num_samples(language)
-            for index in range(0, size, max(1, size // at_most)):
-                try:
-                    sample = source.read(language, index)
-                    texts += [clean_caption(text, language) for text in (*sample.captions, *sample.keywords)]
-                except BadSample:
-                    continue
+    for source, language, index in evenly(sources, about):
+        try:
+            sample = source.read(language, index)
+            texts += [clean_caption(text, language) for text in (*sample.captions, *sample.keywords)]
+        except BadSample:
+            continue
     return texts
 
 
