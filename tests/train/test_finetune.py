@@ -13,22 +13,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from model.adapter import Lora, QLora
 from model.visual_chat import VisualChatModel
 from tests.conftest import ROOT
 from tests.ranks import run_ranks
-from tests.tiny_chat import batch_of, rows_of, tiny_chat, train_pieces
+from tests.tiny_chat import tiny_chat, train_pieces
+from tests.train.tiny_stage_two import step_gradient, two_steps
 from train.distributed import Ranks
-from train.engine import Engine, close_process_group, store_frozen
+from train.engine import close_process_group
 from train.evaluator.before_after import before_and_after
 from train.loss.stage_two import StageTwoLoss
 from train.optim import parameter_groups
 from train.stage import Stage
 
 CPU = torch.device("cpu")
-CUTS = {1: [[0, 1, 2, 3, 4, 5, 6, 7]], 4: [[0, 1], [2, 3], [4, 5], [6, 7]], 2: [[0, 1, 2, 3], [4, 5, 6, 7]]}
 
 
 @pytest.fixture(scope="module")
@@ -47,22 +46,6 @@ def adapted(pieces: str, *, quantised: bool = False) -> VisualChatModel:
     return model
 
 
-# ------------------------------------------------------------------------------------- however the step is cut
-
-
-def step_gradient(ranks: Ranks, pieces: str, accumulate: int) -> dict[str, Tensor]:
-    """Averaged over ranks as the engine does."""
-    stage = Stage(adapted(pieces), StageTwoLoss(), ranks)
-    whole = batch_of(stage.model)  # type: ignore[arg-type]
-    loss = torch.zeros(())
-    for micro_step, rows in enumerate(CUTS[accumulate * ranks.count][ranks.rank :: ranks.count]):
-        part = stage(rows_of(whole, rows, accumulate, micro_step)).losses["lm"] / accumulate
-        part.backward()
-        loss += part.detach()
-    found = {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
-    return {name: ranks.sum(value) / ranks.count for name, value in {**found, "loss": loss}.items()}
-
-
 # --------------------------------------------------------------------- ranks with and without pictures, every stage
 
 
@@ -73,34 +56,12 @@ def trained(ranks: Ranks, pieces: str, jobs: list[tuple[int, bool]]) -> dict[tup
     """Two steps, of which the first gives one rank nothing but text."""
     found: dict[tuple[int, bool], dict[str, Any]] = {}
     for zero_stage, quantised in jobs:
-        model = adapted(pieces, quantised=quantised)
-        whole = batch_of(model)
-        stage = Stage(model, StageTwoLoss(), ranks)
-        store_frozen(stage, "fp32")
-        frozen = {n: p.detach().clone() for n, p in stage.named_parameters() if not p.requires_grad}
-        engine = Engine(
-            stage,
-            parameter_groups(list(stage.named_parameters()), lr=1e-3, weight_decay=0.0, part_lr={"model.llm": 1e-2}),
-            device=CPU,
-            precision="fp32",
-            micro_batch_size=4 // ranks.count,
-            accumulate=1,
-            betas=(0.9, 0.98),
-            eps=1e-6,
-            clip_grad_norm=1.0,
-            zero_stage=zero_stage,
-            offload=False,
-            deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}} if zero_stage == 3 else {},
+        stage = Stage(adapted(pieces, quantised=quantised), StageTwoLoss(), ranks)
+        groups = parameter_groups(
+            list(stage.named_parameters()), lr=1e-3, weight_decay=0.0, part_lr={"model.llm": 1e-2}
         )
-        losses = []
-        for order in ([1, 4, 0, 3], [2, 6, 5, 7]):
-            rows = order[ranks.rank * 4 // ranks.count :][: 4 // ranks.count]
-            batch = rows_of(whole, rows)
-            batch = batch.agreed(step_target_tokens=rows_of(whole, order).num_target_tokens, text_length=0)
-            loss = engine(batch).losses["lm"]
-            engine.backward(loss)
-            engine.step(1.0)
-            losses.append(float(ranks.sum(loss.detach())) / ranks.count)
+        frozen = {n: p.detach().clone() for n, p in stage.named_parameters() if not p.requires_grad}
+        engine, losses = two_steps(stage, groups, ranks, zero_stage)
         weights = {name: tensor.clone() for name, tensor in engine.full_weights()}
         with engine.evaluating():
             now = {n: p.detach() for n, p in stage.named_parameters() if n in frozen}
@@ -113,7 +74,7 @@ def everything(pieces: str, accumulates: list[int], jobs: list[tuple[int, bool]]
     """All that one process is started for: starting takes longer than the work."""
     ranks = Ranks.connect(CPU)
     found = {
-        "gradients": {accumulate: step_gradient(ranks, pieces, accumulate) for accumulate in accumulates},
+        "gradients": {n: step_gradient(Stage(adapted(pieces), StageTwoLoss(), ranks), ranks, n) for n in accumulates},
         "trained": trained(ranks, pieces, jobs),
     }
     close_process_group()

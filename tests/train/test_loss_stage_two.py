@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from data.batch import IGNORED
 from tests.ranks import run_ranks
 from tests.tiny_chat import batch_of, rows_of, tiny_chat, train_pieces
+from tests.train.tiny_stage_two import CUTS, step_gradient, two_steps
 from train.distributed import Ranks
-from train.engine import Engine, close_process_group, store_frozen
+from train.engine import close_process_group
 from train.loss.stage_two import StageTwoLoss, next_token
 from train.optim import parameter_groups
 from train.stage import Stage
-
-CUTS = {1: [[0, 1, 2, 3, 4, 5, 6, 7]], 4: [[0, 1], [2, 3], [4, 5], [6, 7]], 2: [[0, 1, 2, 3], [4, 5, 6, 7]]}
 
 
 @pytest.fixture(scope="module")
@@ -69,26 +68,18 @@ def test_each_ranks_own_mean_is_visualglms(pieces: Path) -> None:
 # ------------------------------------------------------------------------------------- however the step is cut
 
 
-def step_gradient(pieces: str, accumulate: int) -> dict[str, Tensor]:
-    """Of the Q-Former, the projection and the language model, averaged over ranks as the engine does."""
+def own_gradient(pieces: str, accumulate: int) -> dict[str, Tensor]:
+    """Of the Q-Former, the projection and the language model."""
     ranks = Ranks.connect(torch.device("cpu"))
-    model = tiny_chat(Path(pieces), llm={"frozen": False})
-    stage = Stage(model, StageTwoLoss(), ranks)
-    whole = batch_of(model)
-    loss = torch.zeros(())
-    for micro_step, rows in enumerate(CUTS[accumulate * ranks.count][ranks.rank :: ranks.count]):
-        part = stage(rows_of(whole, rows, accumulate, micro_step)).losses["lm"] / accumulate
-        part.backward()
-        loss += part.detach()
-    found = {name: p.grad for name, p in stage.named_parameters() if p.grad is not None}
-    return {name: ranks.sum(value) / ranks.count for name, value in {**found, "loss": loss}.items()}
+    stage = Stage(tiny_chat(Path(pieces), llm={"frozen": False}), StageTwoLoss(), ranks)
+    return step_gradient(stage, ranks, accumulate)
 
 
 @pytest.mark.parametrize(("accumulate", "count"), [(4, 1), (1, 2), (2, 2)])
 def test_every_token_weighs_the_same_however_the_step_is_cut(pieces: Path, accumulate: int, count: int) -> None:
-    expected = step_gradient(str(pieces), 1)
+    expected = own_gradient(str(pieces), 1)
     assert len(expected) > 100
-    for found in run_ranks(count, step_gradient, str(pieces), accumulate):
+    for found in run_ranks(count, own_gradient, str(pieces), accumulate):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             scale = max(1.0, float(value.abs().max()))
@@ -105,34 +96,9 @@ def trained(pieces: str, zero_stages: list[int]) -> dict[int, dict[str, Any]]:
     ranks = Ranks.connect(torch.device("cpu"))
     found: dict[int, dict[str, Any]] = {}
     for zero_stage in zero_stages:
-        model = tiny_chat(Path(pieces))
-        whole = batch_of(model)
-        stage = Stage(model, StageTwoLoss(), ranks)
-        store_frozen(stage, "fp32")
-        engine = Engine(
-            stage,
-            parameter_groups(list(stage.named_parameters()), lr=1e-3, weight_decay=0.05),
-            device=torch.device("cpu"),
-            precision="fp32",
-            micro_batch_size=4 // ranks.count,
-            accumulate=1,
-            betas=(0.9, 0.98),
-            eps=1e-6,
-            clip_grad_norm=1.0,
-            zero_stage=zero_stage,
-            offload=False,
-            deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}} if zero_stage == 3 else {},
-        )
-        losses = []
-        for order in ([1, 4, 0, 3], [2, 6, 5, 7]):
-            rows = order[ranks.rank * 4 // ranks.count :][: 4 // ranks.count]
-            batch = rows_of(whole, rows)
-            tokens = rows_of(whole, order).num_target_tokens
-            batch = batch.agreed(step_target_tokens=tokens, text_length=batch.text_length)
-            loss = engine(batch).losses["lm"]
-            engine.backward(loss)
-            engine.step(1.0)
-            losses.append(float(ranks.sum(loss.detach())) / ranks.count)
+        stage = Stage(tiny_chat(Path(pieces)), StageTwoLoss(), ranks)
+        groups = parameter_groups(list(stage.named_parameters()), lr=1e-3, weight_decay=0.05)
+        engine, losses = two_steps(stage, groups, ranks, zero_stage)
         weights = {name: tensor.clone() for name, tensor in engine.full_weights()}
         found[zero_stage] = {"losses": losses, "weights": weights}
     close_process_group()

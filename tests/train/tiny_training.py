@@ -14,7 +14,7 @@ from data.batch import StepBatches
 from train.checkpoint import Checkpoints, load_training_state, load_weights
 from train.distributed import Ranks
 from train.engine import Engine, close_process_group, store_frozen
-from train.optim import parameter_groups
+from train.optim import ParameterGroup, parameter_groups
 from train.stage import Stage
 
 BATCH, ACCUMULATE = 8, 2
@@ -103,23 +103,46 @@ def build_tiny(
     if folder is not None:
         load_weights(stage, folder)
     store_frozen(stage, precision)
-    engine = Engine(
+    engine = tiny_engine(
         stage,
         parameter_groups(list(stage.named_parameters()), lr=1e-2, weight_decay=0.05),
-        device=torch.device("cpu"),
-        precision=precision,
+        zero_stage=zero_stage,
         micro_batch_size=BATCH // ACCUMULATE // ranks.count,
         accumulate=ACCUMULATE,
+        offload=offload,
+        precision=precision,
+    )
+    if folder is not None:
+        load_training_state(engine, folder, ranks)
+    return stage, engine
+
+
+def tiny_engine(
+    stage: Stage,
+    groups: list[ParameterGroup],
+    *,
+    zero_stage: int,
+    micro_batch_size: int,
+    accumulate: int = 1,
+    eps: float = 1e-8,
+    offload: bool = False,
+    precision: str = "fp32",
+) -> Engine:
+    """On the CPU; under ZeRO-3 even the smallest weights are divided."""
+    return Engine(
+        stage,
+        groups,
+        device=torch.device("cpu"),
+        precision=precision,
+        micro_batch_size=micro_batch_size,
+        accumulate=accumulate,
         betas=(0.9, 0.98),
-        eps=1e-8,
+        eps=eps,
         clip_grad_norm=1.0,
         zero_stage=zero_stage,
         offload=offload,
         deepspeed={"zero_optimization": {"stage3_param_persistence_threshold": 0}} if zero_stage == 3 else {},
     )
-    if folder is not None:
-        load_training_state(engine, folder, ranks)
-    return stage, engine
 
 
 def run_steps(engine: Engine, ranks: Ranks, first: int, last: int) -> list[tuple[float, float]]:
