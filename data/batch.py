@@ -6,6 +6,7 @@ Shape letters   B = pairs, or dialogues, in this rank's micro-batch   L = length
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, Self
@@ -13,6 +14,13 @@ from typing import Any, Protocol, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+
+def whole_characters(text: str) -> str:
+    """Without the halves that JSON can hold of a character outside the basic plane: no tokenizer takes one."""
+    return _HALF_CHARACTER.sub("", text)
 
 
 class TextCodec(Protocol):
@@ -128,11 +136,18 @@ IGNORED = -100  # the label of a position that carries no loss, as in torch's cr
 
 @dataclass(frozen=True)
 class Turn:
-    """One question with its answer.  Pictures are counted, never named in the text: no text can ask for a file."""
+    """One question with its answer, both without halves of characters.
+
+    Pictures are counted, never named in the text: no text can ask for a file.
+    """
 
     question: str
     answer: str = ""  # empty while it is still to be given, which only the last turn's may be
     num_images: int = 0  # shown with this question, before its words
+
+    def __post_init__(self) -> None:
+        for name in ("question", "answer"):
+            object.__setattr__(self, name, whole_characters(getattr(self, name)))
 
 
 @dataclass(frozen=True)

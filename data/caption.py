@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from data.batch import whole_characters
 from data.source import RawSample
 
 _BLIP_PUNCTUATION = re.compile(r'[.!"()*#:;~]')
-_HALF_CHARACTER = re.compile("[\ud800-\udfff]")  # of an emoji cut in two; no tokenizer takes one
 _TWO_SPACES = re.compile(r"\s{2,}")
 _ANY_SPACE = re.compile(r"\s+")
 # CJK ideographs with their extensions, CJK punctuation, full-width forms: a space beside these carries no meaning
@@ -61,11 +61,6 @@ CLEANERS: dict[str, Callable[[str], str]] = {"zh": clean_chinese, "en": clean_en
 def clean_caption(text: str, language: str) -> str:
     """By language; one without a cleaner of its own keeps its case and punctuation."""
     return CLEANERS.get(language, clean_plain)(whole_characters(text))
-
-
-def whole_characters(text: str) -> str:
-    """Without the halves that JSON can hold of a character outside the basic plane: they cannot be encoded."""
-    return _HALF_CHARACTER.sub("", text)
 
 
 def is_empty(text: str) -> bool:

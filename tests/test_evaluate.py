@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 from tests.data.shard_files import jpeg
 from tests.model.llm_common import train_pieces
 from tests.ranks import run_ranks
-from tests.tiny_run import chatglm_nodes, write_run
+from tests.tiny_run import WITHOUT, chatglm_nodes, vqa_arguments, write_run
 from tests.train.tiny_evaluation import train_tokenizer
 from train.config import compose
 from train.config_evaluate import evaluate_config
@@ -46,15 +46,21 @@ def write_checkpoint(run: Path, step: int, model: torch.nn.Module) -> None:
     (folder / "state.json").write_text(json.dumps(state))
 
 
-@pytest.fixture(scope="module")
-def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As pretrain leaves it: a tokenizer of its own, an encoder whose frozen weights were drawn, two checkpoints."""
-    run = tmp_path_factory.mktemp("runs") / "one"
+def begun(run: Path) -> torch.nn.Module:
+    """A run of pretrain up to its first step: its config, a tokenizer of its own.  -> its model"""
     config = compose("pretrain", [*SMALL, f"run.dir={run}"])
     codec = CaptionTokenizer(str(train_tokenizer(run / "tokenizer")))
     (run / "config.yaml").write_text(OmegaConf.to_yaml(config))
     torch.manual_seed(config.run.seed)
-    model, _ = assemble_image_text(OmegaConf.to_container(config.model, resolve=True), codec)  # type: ignore[arg-type]
+    nodes: Any = OmegaConf.to_container(config.model, resolve=True)
+    return assemble_image_text(nodes, codec)[0]
+
+
+@pytest.fixture(scope="module")
+def stage_one(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As pretrain leaves it: a tokenizer of its own, an encoder whose frozen weights were drawn, two checkpoints."""
+    run = tmp_path_factory.mktemp("runs") / "one"
+    model = begun(run)
     for step in (1, 2):
         write_checkpoint(run, step, model)
     (run / "checkpoints/latest").symlink_to("step_2")
@@ -73,18 +79,7 @@ def asked(tmp_path: Path) -> list[str]:
     """The command line for questions with several answers each, to a run of finetune.py around a tiny ChatGLM."""
     run = tmp_path / "two"
     write_run(run, chatglm_nodes(train_pieces(tmp_path / "ice_text.model"), tmp_path / "base"))
-    questions = [{"question_id": n, "image_id": n, "question": "What is in the picture?"} for n in range(3)]
-    said = [{"question_id": n, "answers": [{"answer": word} for word in ("yes", "blue", "blue")]} for n in range(3)]
-    (tmp_path / "questions.json").write_text(json.dumps({"questions": questions}))
-    (tmp_path / "answers.json").write_text(json.dumps({"annotations": said}))
-    for number in range(3):
-        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
-    return [
-        f"run={run}", "train/evaluator=vqa_v2", "data.transform.image_size=28", "train.evaluator.vqa.batch_size=2",
-        f"train.evaluator.vqa.source.path={tmp_path}/questions.json", "train.evaluator.vqa.max_new_tokens=6",
-        f"train.evaluator.vqa.source.annotations={tmp_path}/answers.json",
-        f"train.evaluator.vqa.source.image_root={tmp_path}", "train.evaluator.vqa.source.image_file='{:d}.jpg'",
-    ]  # fmt: skip
+    return [f"run={run}", *vqa_arguments(tmp_path)]
 
 
 def evaluated(*argv: str) -> tuple[dict[str, Any], bytes]:
@@ -210,10 +205,18 @@ def test_what_is_no_run(tmp_path: Path) -> None:
 
 
 def test_the_command(stage_one: Path) -> None:
-    command = [sys.executable, "evaluate.py", f"run={stage_one}", "name=command", "train.evaluator.caption=null"]
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT,
+        "evaluate.py",
+        f"run={stage_one}",
+        "name=command",
+        "train.evaluator.caption=null",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "ITM text to image: R@1" in done.stdout and "numbers in" in done.stdout
+    assert "ITM text to image: R@1" in done.stdout and "numbers in" in done.stdout  # without training's libraries
     assert (stage_one / "eval/command" / METRICS).is_file()
 
 

@@ -18,8 +18,30 @@ from model.llm.warm_up import load as load_warm
 from model.visual_chat import VisualChatModel
 from model.weights import adapter_folder, ours, writing
 from model.weights.checkpoint import from_tensors
+from tests.data.shard_files import jpeg
 from tests.model.glm_common import small_glm
 from tests.model.llm_common import codec_of, small_chatglm
+
+# A program's own start, for `python -c`: its file and its arguments follow.
+WITHOUT = """
+import importlib.util, runpy, sys
+
+HIDDEN = ('deepspeed', 'triton', 'sat', 'SwissArmyTransformer', 'wandb', 'webdataset')
+
+class Hiding:
+    '''A machine where training's libraries are not installed.'''
+    def __init__(self, finder): self.finder = finder
+    def find_spec(self, name, path=None, target=None):
+        return None if name.split('.')[0] in HIDDEN else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name): return getattr(self.finder, name)
+
+sys.meta_path[:] = [Hiding(finder) for finder in sys.meta_path]
+assert all(importlib.util.find_spec(name) is None for name in HIDDEN)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name='__main__')
+assert not [name for name in sys.modules if name.split('.')[0] in HIDDEN], 'imported all the same'
+print('and nothing was missed')
+"""
 
 SIZES = {"hidden_size": 64, "num_layers": 3, "num_heads": 4, "inner_size": 128, "vocab_size": 256}
 GLM_SIZES = {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_size": 16, "inner_size": 64,
@@ -113,3 +135,19 @@ def write_run(run: Path, nodes: dict[str, Any]) -> VisualChatModel:
     (run / "checkpoints/latest").symlink_to("step_2")
     adapter_folder.save(model, tensors, run / "adapter")
     return model.eval()
+
+
+def vqa_arguments(folder: Path) -> list[str]:
+    """Of evaluate.py: three questions about three pictures, written to `folder`, with several answers each."""
+    questions = [{"question_id": n, "image_id": n, "question": "What is in the picture?"} for n in range(3)]
+    said = [{"question_id": n, "answers": [{"answer": word} for word in ("yes", "blue", "blue")]} for n in range(3)]
+    (folder / "questions.json").write_text(json.dumps({"questions": questions}))
+    (folder / "answers.json").write_text(json.dumps({"annotations": said}))
+    for number in range(3):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number))
+    return [
+        "train/evaluator=vqa_v2", "data.transform.image_size=28", "train.evaluator.vqa.batch_size=2",
+        f"train.evaluator.vqa.source.path={folder}/questions.json", "train.evaluator.vqa.max_new_tokens=6",
+        f"train.evaluator.vqa.source.annotations={folder}/answers.json",
+        f"train.evaluator.vqa.source.image_root={folder}", "train.evaluator.vqa.source.image_file='{:d}.jpg'",
+    ]  # fmt: skip

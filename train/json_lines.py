@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+# Half a character, of an emoji cut in two, is written as JSON escapes it: "\ud83d".
+HALVES = "backslashreplace"
+
 
 def lines_of(file: Path) -> list[str]:
     """The lines that are not empty.  Not `str.splitlines`, which also splits at U+2028 and U+0085: JSON leaves those in

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from train.evaluator.predictions import Predictions
-from train.json_lines import lines_of
+from train.json_lines import HALVES, lines_of
 
 # Dense tensor-core peaks in TFLOP/s (bf16 or fp16), NVIDIA's data sheets, without sparsity.
 PEAK_TFLOPS = {
@@ -43,7 +43,7 @@ class MetricsFile:
         replacement = path.with_suffix(".new")
         replacement.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         os.replace(replacement, path)
-        self._file: TextIO = path.open("a", encoding="utf-8")
+        self._file: TextIO = path.open("a", encoding="utf-8", errors=HALVES)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         line = json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False)

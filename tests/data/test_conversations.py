@@ -50,6 +50,12 @@ def test_visualglm(tmp_path: Path, name: str) -> None:
     assert source.read("zh", 0).key == "row 1"
 
 
+def test_half_a_character_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "data.json").write_text('[{"prompt": "Who\\ud83d?", "label": "I \\ud83d\\ude00 am.\\udc00"}]')
+    source = VisualGLMJson(path=str(tmp_path / "data.json"), language="en")
+    assert dialogues(source) == [Dialogue((Turn("Who?", "I 😀 am."),), "en")]
+
+
 def test_a_byte_order_mark_a_glob_and_a_root_elsewhere(tmp_path: Path) -> None:
     write_pictures(tmp_path / "pictures", ["a.jpg", "b.jpg"])
     for n in range(2):

@@ -10,8 +10,8 @@ from train.evaluator.predictions import Predictions, read_predictions
 from train.json_lines import json_lines
 from train.tracking import MetricsFile
 
-# U+2028, U+2029, U+0085, U+001C: ends of lines to Python's `splitlines`, letters to JSON
-TEXTS = ["one\u2028two", "one\u2029two", "one\x85two", "one\x1ctwo", "一\n二"]
+# Half a character; U+2028, U+2029, U+0085, U+001C: ends of lines to Python's `splitlines`, letters to JSON
+TEXTS = ["one\u2028two", "one\u2029two", "one\x85two", "one\x1ctwo", "一\n二", "half \ud83d"]
 
 
 def test_predictions_come_back_whole(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from train.distributed import Ranks
-from train.json_lines import lines_of
+from train.json_lines import HALVES, lines_of
 
 PREDICTIONS, METRICS = "predictions.jsonl", "metrics.json"  # of one evaluation, in a folder of its own
 FIRST, NEWEST = "training_first", "training_newest"  # those folders for what training evaluates, in <run>/eval
@@ -47,7 +47,7 @@ class Predictions:
             self._known = ranks.broadcast_object(_read(path) if ranks.is_first else {})
             if ranks.is_first:
                 _write(path, self._known)  # without a line that was cut off
-                self._file = path.open("a", encoding="utf-8")
+                self._file = path.open("a", encoding="utf-8", errors=HALVES)
 
     def known(self, evaluator: str, part: str) -> dict[int, Row]:
         """index -> what was predicted, the same on every rank"""
@@ -158,7 +158,7 @@ def _read(path: Path) -> dict[Place, Row]:
 
 def _write(path: Path, known: Mapping[Place, Row]) -> None:
     new = path.with_suffix(".new")
-    with new.open("w", encoding="utf-8") as file:
+    with new.open("w", encoding="utf-8", errors=HALVES) as file:
         for place, row in known.items():
             file.write(_line(place, row))
     os.replace(new, path)

@@ -80,7 +80,7 @@ def write_report(
     out = out or runs[-1].folder / "report" / (ONE_RUN if len(runs) == 1 else SEVERAL)
     content = collect(runs, options)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(html(content), encoding="utf-8")
+    out.write_text(html(content), encoding="utf-8", errors="replace")
     pictures = pictures_of(content)
     for name, picture in pictures.items():
         picture.save(out.parent / f"{out.stem}_{name}.png", optimize=True)
