@@ -12,11 +12,11 @@ from torch import Tensor
 
 from data.batch import Dialogue, DialogueBatch, Turn
 from model.qformer import QFormer
-from model.vision.encoder import eva_vit
+from model.vision.encoder import ImageEncoder, eva_vit
 from model.visual_chat import VisualChatModel
 from tests.model.llm_common import small_chatglm, train_pieces
 
-__all__ = ["LANGUAGES", "SAMPLES", "batch_of", "pictures", "rows_of", "tiny_chat", "train_pieces"]
+__all__ = ["LANGUAGES", "SAMPLES", "batch_of", "pictures", "rows_of", "tiny_chat", "tiny_sight", "train_pieces"]
 
 LANGUAGES = ("zh", "en")
 SAMPLES = [  # pictures: one, none, two, several turns, none; answers of unequal lengths
@@ -31,14 +31,15 @@ SAMPLES = [  # pictures: one, none, two, several turns, none; answers of unequal
 ]
 
 
-def tiny_chat(tokenizer: Path, *, seed: int = 0, llm: dict[str, Any] | None = None, **parts: bool) -> VisualChatModel:
-    torch.manual_seed(seed)
-    vision = eva_vit(image_size=28, patch_size=14, width=24, num_layers=2, num_heads=2, mlp_width=48, initial_std=0.3)
+def tiny_sight(*, vision_layers: int = 2, qformer_layers: int = 3) -> tuple[ImageEncoder, QFormer]:
+    vision = eva_vit(
+        image_size=28, patch_size=14, width=24, num_layers=vision_layers, num_heads=2, mlp_width=48, initial_std=0.3
+    )
     qformer = QFormer(
         vocab_size=10,
         image_width=vision.width,
         hidden_size=32,
-        num_layers=3,
+        num_layers=qformer_layers,
         num_heads=4,
         intermediate_size=48,
         max_positions=4,
@@ -46,6 +47,12 @@ def tiny_chat(tokenizer: Path, *, seed: int = 0, llm: dict[str, Any] | None = No
         dropout=0.0,
         initial_std=0.2,
     )
+    return vision, qformer
+
+
+def tiny_chat(tokenizer: Path, *, seed: int = 0, llm: dict[str, Any] | None = None, **parts: bool) -> VisualChatModel:
+    torch.manual_seed(seed)
+    vision, qformer = tiny_sight()
     return VisualChatModel(vision, qformer, small_chatglm(tokenizer, **{"frozen": True, **(llm or {})}), **parts).eval()
 
 

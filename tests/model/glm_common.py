@@ -12,9 +12,8 @@ from model.llm.chatglm2 import chatglm2
 from model.llm.chatglm3 import chatglm3
 from model.llm.glm import Glm
 from model.llm.glm4 import glm4
-from model.qformer import QFormer
-from model.vision.encoder import eva_vit
 from model.visual_chat import VisualChatModel
+from tests.tiny_chat import tiny_sight
 
 BUILD = {"chatglm2": chatglm2, "chatglm3": chatglm3, "glm4": glm4}
 TEXTS = [
@@ -104,17 +103,4 @@ def small_glm(family: str, tokenizer: Path | None = None, *, seed: int = 0, **ch
 
 def visual_chat(llm: Glm) -> VisualChatModel:
     torch.manual_seed(1)
-    vision = eva_vit(image_size=28, patch_size=14, width=24, num_layers=1, num_heads=2, mlp_width=48, initial_std=0.3)
-    qformer = QFormer(
-        vocab_size=10,
-        image_width=vision.width,
-        hidden_size=32,
-        num_layers=2,
-        num_heads=4,
-        intermediate_size=48,
-        max_positions=4,
-        num_query_tokens=5,
-        dropout=0.0,
-        initial_std=0.2,
-    )
-    return VisualChatModel(vision, qformer, llm).eval()
+    return VisualChatModel(*tiny_sight(vision_layers=1, qformer_layers=2), llm).eval()
