@@ -8,19 +8,13 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from omegaconf import OmegaConf
 
-from model.load_image_text import assemble_image_text
-from model.tokenizer import CaptionTokenizer
 from tests.browser import opened_page
 from tests.conftest import ROOT
-from tests.test_evaluate import SMALL, write_checkpoint
-from tests.train.tiny_evaluation import train_tokenizer
-from train.config import compose
+from tests.test_evaluate import begun, write_checkpoint
 
 SECTIONS = ("runs", "results", "training", "retrieval", "attention", "said")
 
@@ -34,12 +28,7 @@ def call(*arguments: object) -> subprocess.CompletedProcess[str]:
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run as pretrain leaves it, measured and reported by one command."""
     run = tmp_path_factory.mktemp("runs") / "demo"
-    config = compose("pretrain", [*SMALL, f"run.dir={run}"])
-    codec = CaptionTokenizer(str(train_tokenizer(run / "tokenizer")))
-    (run / "config.yaml").write_text(OmegaConf.to_yaml(config))
-    torch.manual_seed(config.run.seed)
-    nodes: Any = OmegaConf.to_container(config.model, resolve=True)
-    write_checkpoint(run, 2, assemble_image_text(nodes, codec)[0])
+    write_checkpoint(run, 2, begun(run))
     (run / "checkpoints/latest").symlink_to("step_2")
     lines = [
         {"kind": "train", "step": step, "loss": 5.0, "itc": 2.0 / step, "itc/zh": 2.0, "itc/en": 1.0, "lr": 0.001,
