@@ -162,15 +162,12 @@ class RetrievalEvaluator:
         text_TE = self._encode_texts(model, pool, device, ranks)
         found: dict[str, list[Ranking]] = {}
         for direction in self.directions:
-            if direction == "image_to_text":
-                own = [image for image in own_share(pool.num_images, ranks) if right[direction][image]]
-                blocks = self._image_blocks(own, query_IQE, text_TE)
-            else:
-                own = [text for text in own_share(pool.num_texts, ranks) if right[direction][text]]
-                blocks = self._text_blocks(own, query_IQE, text_TE)
+            own = [row for row in own_share(len(right[direction]), ranks) if right[direction][row]]
             number = max(self.rerank, SHOWN, *self.recall)
             found[direction] = [
-                row for rows, cosine_RC in blocks for row in ranked(rows, cosine_RC, right[direction], number)
+                row
+                for rows, cosine_RC in self._blocks(direction, own, query_IQE, text_TE)
+                for row in ranked(rows, cosine_RC, right[direction], number)
             ]
         if self.rerank:
             logits = matcher.match(model, found, self.rerank, predictions, what)
@@ -187,21 +184,17 @@ class RetrievalEvaluator:
             found.append(model.encode_text(text_ids_RL, text_mask_RL)[:meant])
         return everyones(torch.tensor(own, device=device, dtype=torch.int64), torch.cat(found), pool.num_texts, ranks)
 
-    def _image_blocks(
-        self, own: Sequence[int], query_IQE: Tensor, text_TE: Tensor
+    def _blocks(
+        self, direction: str, own: Sequence[int], query_IQE: Tensor, text_TE: Tensor
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """-> rows and their cosine_RC with every candidate"""
         for first in range(0, len(own), self.batch_size):
             rows = own[first : first + self.batch_size]
-            query_RQE = query_IQE[torch.tensor(rows, device=query_IQE.device)]
-            yield rows, _best_cosine(query_RQE, text_TE, self.batch_size)
-
-    def _text_blocks(
-        self, own: Sequence[int], query_IQE: Tensor, text_TE: Tensor
-    ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        for first in range(0, len(own), self.batch_size):
-            rows = own[first : first + self.batch_size]
-            text_RE = text_TE[torch.tensor(rows, device=text_TE.device)]
-            yield rows, _best_cosine(query_IQE, text_RE, self.batch_size).T
+            row_R = torch.tensor(rows, device=text_TE.device)
+            if direction == "image_to_text":
+                yield rows, _best_cosine(query_IQE[row_R], text_TE, self.batch_size)
+            else:
+                yield rows, _best_cosine(query_IQE, text_TE[row_R], self.batch_size).T
 
     # ------------------------------------------------------------------------------------------------------ metrics
 
