@@ -27,7 +27,7 @@ from data.batch import IGNORED, Dialogue, EncodedDialogue, Turn
 from model.autocast import compute_dtype
 from model.llm.base import LanguageModel
 from model.llm.chatglm_block import as_bias, rotation
-from model.llm.dialogue import fit
+from model.llm.dialogue import fit, said
 from model.llm.pieces import Pieces
 
 ROTARY_BASE = 10000.0
@@ -92,13 +92,7 @@ class ChatGLMCodec:
         )
 
     def decode(self, ids: Any) -> str:
-        answer: list[int] = []
-        for token in ids:
-            if int(token) in self.stop_ids:
-                break
-            answer.append(int(token))
-        special = set(self.ids.values())
-        return self.pieces.decode([token for token in answer if token not in special]).strip()
+        return self.pieces.decode(said(ids, stop_ids=self.stop_ids, special={*self.ids.values()})).strip()
 
     def _lay_out(self, turns: tuple[Turn, ...], ask: str, reply: str) -> EncodedDialogue:
         ids: list[int] = []

@@ -6,7 +6,7 @@ how the training layout begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 from data.batch import Dialogue, EncodedDialogue, Turn
@@ -41,6 +41,17 @@ def fit(
     cut["answer"] = num_answer - num_kept
     end = len(prompt.ids) + num_kept
     return replace(whole, ids=whole.ids[:end], labels=whole.labels[:end], num_cut=cut)
+
+
+def said(ids: Iterable[int], *, stop_ids: Collection[int], special: Collection[int]) -> list[int]:
+    """What a codec decodes of an answer: up to its first stop id, without special tokens."""
+    answer: list[int] = []
+    for token in map(int, ids):
+        if token in stop_ids:
+            break
+        if token not in special:
+            answer.append(token)
+    return answer
 
 
 def checked(dialogue: Dialogue) -> tuple[Turn, ...]:

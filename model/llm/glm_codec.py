@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from data.batch import IGNORED, Dialogue, EncodedDialogue, Turn
-from model.llm.dialogue import fit
+from model.llm.dialogue import fit, said
 
 
 class TextPieces(Protocol):
@@ -77,13 +77,8 @@ class GlmCodec:
         return fit(dialogue, self._lay_out, max_tokens=max_tokens, max_answer_tokens=max_answer_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
-        answer: list[int] = []
-        for token in ids:
-            if int(token) in self.stop_ids:
-                break
-            answer.append(int(token))
         special = {*self.special.values(), self.pad_id}
-        return self.pieces.decode([token for token in answer if token not in special]).strip()
+        return self.pieces.decode(said(ids, stop_ids=self.stop_ids, special=special)).strip()
 
     def _lay_out(self, turns: tuple[Turn, ...]) -> EncodedDialogue:
         raise NotImplementedError
