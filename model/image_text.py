@@ -28,6 +28,12 @@ class VisionEncoder(Protocol):
     def __call__(self, image_BCHW: Tensor) -> Tensor: ...
 
 
+def check_widths(vision: VisionEncoder, qformer: QFormer) -> None:
+    """Raises ValueError."""
+    if vision.width != qformer.image_width:
+        raise ValueError(f"the encoder is {vision.width} wide, the Q-Former looks at images {qformer.image_width} wide")
+
+
 @dataclass(frozen=True)
 class ImageFeatures:
     """Everything later passes need of some images, computed once."""
@@ -110,10 +116,7 @@ class ImageTextModel(nn.Module):
         temperature_max: float | None = 0.5,
     ) -> None:
         super().__init__()
-        if vision.width != qformer.image_width:
-            raise ValueError(
-                f"the encoder is {vision.width} wide, the Q-Former looks at images {qformer.image_width} wide"
-            )
+        check_widths(vision, qformer)
         self.vision, self.qformer, self.embed_dim = vision, qformer, embed_dim
         self.ln_vision = nn.LayerNorm(vision.width, eps=vision.ln_eps)
         self.vision_proj = nn.Linear(qformer.hidden_size, embed_dim)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from data.batch import IGNORED, DialogueBatch
 from model import flops
 from model.generation import Decoding, Generation, generate
-from model.image_text import VisionEncoder
+from model.image_text import VisionEncoder, check_widths
 from model.llm.base import LanguageModel
 from model.qformer import QFormer
 
@@ -54,10 +54,7 @@ class VisualChatModel(nn.Module):
         train_projection: bool = True,
     ) -> None:
         super().__init__()
-        if vision.width != qformer.image_width:
-            raise ValueError(
-                f"the encoder is {vision.width} wide, the Q-Former looks at images {qformer.image_width} wide"
-            )
+        check_widths(vision, qformer)
         if llm.codec is not None and llm.codec.num_image_tokens != qformer.num_query_tokens:
             raise ValueError(
                 f"the language model's layout has {llm.codec.num_image_tokens} positions for a picture, the Q-Former "
