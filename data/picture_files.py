@@ -3,10 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from data.records import Malformed
 from data.source import BadSample
+
+NUM_PROBED = 16  # pictures looked for at the start, about: if none of them is there, image_root is wrong
+
+
+def probe(name: str, openings: Sequence[Callable[[], object]], root: object) -> None:
+    """A wrong root would look like a data set of nothing but bad samples.  Raises ValueError where no picture opens."""
+    missing = ""
+    for opened in openings:
+        try:
+            opened()
+            return
+        except BadSample as bad:
+            missing = f"{bad.reason} at {bad.detail}"
+    if openings:
+        raise ValueError(
+            f"{name}: none of {len(openings)} pictures looked for is there ({missing}); picture paths start from "
+            f"image_root, which is {root}"
+        )
 
 
 def check_reference(reference: str) -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,14 +22,13 @@ from tqdm import tqdm
 
 from data.batch import Dialogue, Turn
 from data.language import language_of
-from data.picture_files import check_reference, read_below
+from data.picture_files import NUM_PROBED, check_reference, probe, read_below
 from data.records import Malformed, as_object, files_of, read_rows
 from data.source import BadSample, RawDialogue
 from data.split import PARTS, held_out_share, part_of
 
 log = logging.getLogger(__name__)
 
-NUM_PROBED = 16  # pictures looked for at the start: if none of them is there, image_root is wrong
 NUM_NAMED = 5
 
 
@@ -247,23 +247,12 @@ class ConversationSource:
         return told
 
     def _probe_pictures(self) -> None:
-        """A wrong root would look like a data set of nothing but bad samples."""
         having = []
         for sample in range(0, len(self._store.end), max(1, len(self._store.end) // NUM_PROBED)):
             if images := self._store[sample]["images"]:
-                having.append((sample, images[0]))
-        missing = ""
-        for sample, reference in having:
-            try:
-                self.open(reference, int(self._store.file[sample]), int(self._store.row[sample]))
-                return
-            except BadSample as bad:
-                missing = f"{bad.reason} at {bad.detail}"
-        if having:
-            raise ValueError(
-                f"{self.name}: none of {len(having)} pictures looked for is there ({missing}); picture paths start "
-                f"from image_root, which is {self.image_root or 'the folder of the file'}"
-            )
+                place = int(self._store.file[sample]), int(self._store.row[sample])
+                having.append(partial(self.open, images[0], *place))
+        probe(self.name, having, self.image_root or "the folder of the file")
 
 
 def _check_turns(found: Conversation) -> None:

@@ -9,16 +9,15 @@ import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from data.picture_files import check_reference, read_below
+from data.picture_files import NUM_PROBED, check_reference, probe, read_below
 from data.source import BadSample, RawSample
 
 log = logging.getLogger(__name__)
-
-NUM_PROBED = 16  # pictures looked for at the start: if none of them is there, image_root is wrong
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,9 @@ class PairSource:
         self.languages = tuple(sorted(self._entries))
         if not self.languages:
             raise ValueError(f"{self.name}: not a single picture with a caption ({self.described()})")
-        self._probe_pictures()
+        language, number = self.languages[0], self.num_samples(self.languages[0])
+        some = range(0, number, max(1, number // NUM_PROBED))
+        probe(self.name, [partial(self.read, language, index) for index in some], self.image_root)
         log.info("%s: pictures per language %s", self.name, {key: self.num_samples(key) for key in self.languages})
 
     # ------------------------------------------------------------------------------------------ what a format writes
@@ -97,21 +98,6 @@ class PairSource:
                 digest.update(packed)
         samples = {language: self.num_samples(language) for language in self.languages}
         return {"samples": samples, "texts": digest.hexdigest(), "part": self.described()}
-
-    def _probe_pictures(self) -> None:
-        """A wrong root would look like a data set of nothing but bad samples."""
-        language, missing = self.languages[0], ""
-        number = self.num_samples(language)
-        for index in range(0, number, max(1, number // NUM_PROBED)):
-            try:
-                self.read(language, index)
-                return
-            except BadSample as bad:
-                missing = f"{bad.reason} at {bad.detail}"
-        raise ValueError(
-            f"{self.name}: none of the pictures looked for is there ({missing}); picture paths start from image_root, "
-            f"which is {self.image_root}"
-        )
 
 
 def checked(reference: str) -> str:
