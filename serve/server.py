@@ -11,6 +11,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from serve.connection import PromptConnection
 from serve.guard import LOCAL, Guard, is_local
 from serve.metrics import Counting
 from serve.rest import Service, rest_app
@@ -52,7 +53,7 @@ def server_of(app: ASGIApp, *, host: str, port: int, log_level: str = "warning")
             app,
             host=host,
             port=port,
-            http="h11",
+            http=PromptConnection,
             ws="none",
             lifespan="on",
             log_level=log_level,

@@ -10,6 +10,7 @@ import asyncio
 import os
 import re
 import tempfile
+import time
 from abc import ABCMeta
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -24,13 +25,15 @@ import gradio as gr
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from data.batch import whole_characters
 from model.generation import Decoding
 from serve.batching import Busy, Failed, Left, TooSlow, until
 from serve.guard import Refused
 from serve.memory import used_bytes
 from serve.page_texts import TEXTS
+from serve.request import check_length
 from serve.rest import Service
-from serve.session import CHAT, Exchange
+from serve.session import CHAT, Ask, Exchange
 
 # what the page asks for; Gradio answers much more: other people's addresses, recordings, code, its own monitoring
 _ASKED = re.compile(
@@ -40,12 +43,14 @@ _ASKED = re.compile(
 )
 _FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "sans-serif")  # on people's own machines
 _CSS = """
-footer, #chat button[title="Clear"], #chat button[title="Share"] {display: none !important}
+footer, #chat .wrapper > .icon-button-wrapper, #chat [data-testid="download-link"] ~ button {display: none !important}
 .memory {opacity: 0.7; font-size: 0.85em}
-#language {justify-content: flex-end}
-"""  # Gradio's own Clear would leave the conversation as it is; its Share uploads
+#language .wrap {justify-content: flex-end}
+#chat .message img {max-height: 12rem}
+"""  # Gradio's own Clear would leave the conversation as it is; its Share uploads.  Their titles are in any language.
 _KEEP_SECONDS = 24 * 3600
 _LONGEST_STEP = 30.0  # seconds
+_SHOWN_EVERY = 0.1  # seconds; a browser that lays out a long answer anew for every token falls behind
 
 
 def _path_of(self: Any, payload: Any) -> Path | None:
@@ -202,11 +207,11 @@ class Page:
 
     def sliders(self, texts: dict[str, str]) -> tuple[gr.Slider, ...]:
         most = self.service.session.max_tokens
-        temperature = gr.Slider(0, 2, CHAT.temperature, step=0.05, label=texts["temperature"])
-        top_p = gr.Slider(0, 1, CHAT.top_p, step=0.05, label=texts["top_p"])
-        top_k = gr.Slider(0, 200, CHAT.top_k, step=1, label=texts["top_k"])
-        penalty = gr.Slider(1, 2, CHAT.repetition_penalty, step=0.05, label=texts["penalty"])
-        tokens = gr.Slider(1, most, min(CHAT.max_new_tokens, most), step=1, label=texts["tokens"])
+        temperature = gr.Slider(0, 2, CHAT.temperature, step=0.05, **named("temperature", texts))
+        top_p = gr.Slider(0, 1, CHAT.top_p, step=0.05, **named("top_p", texts))
+        top_k = gr.Slider(0, 200, CHAT.top_k, step=1, **named("top_k", texts))
+        penalty = gr.Slider(1, 2, CHAT.repetition_penalty, step=0.05, **named("penalty", texts))
+        tokens = gr.Slider(1, most, min(CHAT.max_new_tokens, most), step=1, **named("tokens", texts))
         return temperature, top_p, top_k, penalty, tokens
 
     async def ask(
@@ -225,8 +230,9 @@ class Page:
         """An answer as it grows, in the outputs' order: conversation, chat, question, send, stop, memory."""
         texts = TEXTS[language]
         is_new = picture is not None and picture != conversation.picture
-        question = question.strip() or (texts["describe"] if is_new else "")
+        question = whole_characters(question).strip() or (texts["describe"] if is_new else "")
         try:
+            check_length(question)
             decoding = Decoding(int(tokens), 0, temperature, int(top_k), top_p, penalty)
             # a picture that stays where it is was shown already
             shown = await asyncio.to_thread(self.service.pictures.from_upload, picture) if picture and is_new else None
@@ -254,21 +260,31 @@ class Page:
         running = self.running[str(request.session_hash)] = Running()
         try:
             yield now(text, is_running=True)
-            answers = until(running.stopping.wait(), self.service.line.answers(ask))
-            async with aclosing(answers):
-                async for answer in answers:
-                    text = answer.text
+            async with aclosing(self.growing(ask, running)) as growing:
+                async for text in growing:
                     yield now(text, is_running=True)
-            self.service.metrics.answered(ask, answer)
-            yield now(text, is_running=False)
-        except Left:
-            yield now(text, is_running=False)
-        except (Busy, TooSlow, Failed) as error:
-            gr.Warning(str(error))
             yield now(text, is_running=False)
         finally:
             self.running.pop(str(request.session_hash), None)
             running.ended.set()
+
+    async def growing(self, ask: Ask, running: Running) -> AsyncGenerator[str, None]:
+        """An answer's text now and then, and at last whole, or as far as it came."""
+        text, shown_at = "", 0.0
+        answers = until(running.stopping.wait(), self.service.line.answers(ask))
+        try:
+            async with aclosing(answers):
+                async for answer in answers:
+                    text = answer.text
+                    if time.monotonic() - shown_at >= _SHOWN_EVERY:
+                        yield text
+                        shown_at = time.monotonic()
+            self.service.metrics.answered(ask, answer)
+        except Left:
+            pass
+        except (Busy, TooSlow, Failed) as error:
+            gr.Warning(str(error))
+        yield text
 
     async def stop(self, request: gr.Request) -> None:
         """The answer of this page; whoever called finds it ended."""
@@ -287,10 +303,8 @@ class Page:
         return [
             texts["heading"].format(name=self.service.session.name),
             gr.update(label=texts["picture"], placeholder=texts["drop"]),
-            *(
-                gr.update(label=texts[name])
-                for name in ("settings", "temperature", "top_p", "top_k", "penalty", "tokens")
-            ),
+            gr.update(label=texts["settings"]),
+            *(gr.update(**named(name, texts)) for name in ("temperature", "top_p", "top_k", "penalty", "tokens")),
             self.memory(language),
             gr.update(label=texts["chat"]),
             gr.update(placeholder=texts["question"]),
@@ -308,3 +322,7 @@ class Page:
         used, total = used_bytes(device)
         where = TEXTS[language]["gpu_memory" if device.type == "cuda" else "memory"]
         return f"{where} {used / 2**30:.1f} / {total / 2**30:.1f} GiB"
+
+
+def named(slider: str, texts: dict[str, str]) -> dict[str, Any]:
+    return {"label": texts[slider], "info": texts.get(f"{slider}_info")}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -251,6 +253,27 @@ def test_64_clients_at_once_lose_no_request(session: Session) -> None:
         assert counts["queqiao_batch_rows_sum"] == 64
         assert counts["queqiao_batch_rows_count"] < 32, "they ought to be answered in batches"
         assert server.is_idle
+
+
+def test_connections_that_say_nothing_or_half_a_head_are_closed(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvicorn keeps them for ever, and so many at most: who opens 1024 would lock everybody out."""
+    monkeypatch.setattr("serve.connection.PromptConnection.HEAD_SECONDS", 0.5)
+    get = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    with live(session) as server:
+        place = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        for said in (b"", get, get + b"\r\n" + get[:9]):  # the last: a whole one, and half of the next
+            with socket.create_connection(place, timeout=WAIT) as client:
+                client.sendall(said)
+                answer = b"".join(iter(lambda: client.recv(65536), b""))  # b"": closed
+                assert answer.startswith(b"HTTP/1.1 200") == (get + b"\r\n" in said), answer
+        with socket.create_connection(place, timeout=WAIT) as client:  # a body, and an answer, may take longer
+            slow = b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: 13\r\n\r\n"
+            client.sendall(slow)
+            time.sleep(1.0)
+            client.sendall(b'{"text": "Q"}')
+            assert client.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 def metrics_of(server: Live) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -174,6 +175,28 @@ def test_both_languages(browser: Browser, server: Live) -> None:
     page.close()
 
 
+@pytest.mark.parametrize("language", ["en-US", "zh-CN", "de-DE"])
+def test_gradio_s_own_clear_and_share_are_hidden_in_every_language(
+    browser: Browser, server: Live, language: str
+) -> None:
+    """Gradio translates their titles: its Share uploads, its Clear would leave what the model remembers."""
+    page = opened(browser, server, language)
+    picture = {"name": "a.png", "mimeType": "image/png", "buffer": file_of(image(0))}
+    page.set_input_files("#picture input[type=file]", picture)
+    page.wait_for_selector("#picture img")
+    page.click("#settings button")
+    page.locator("#settings input[type=number]").last.fill("1")
+    ask(page, "Q")
+    said(page, 1)
+    page.wait_for_selector("#chat .download-link")
+    hidden = ("Clear", "Share", "清空对话", "分享", "Chat leeren", "Teilen")
+    titles = page.locator("#chat button").evaluate_all("all => all.map(one => one.title)")
+    shown = page.locator("#chat button:visible").evaluate_all("all => all.map(one => one.title)")
+    assert len(titles) - len(shown) == 2, (titles, shown)
+    assert not set(shown) & set(hidden), shown
+    page.close()
+
+
 def test_a_broken_picture_is_a_sentence(browser: Browser, server: Live) -> None:
     page = opened(browser, server)
     broken = {"name": "a.png", "mimeType": "image/png", "buffer": file_of(image(0))[:60]}
@@ -215,13 +238,14 @@ def test_what_gradio_could_do_is_shut(server: Live, method: str, path: str) -> N
     assert found.status_code in (403, 404, 405, 422) and "root:" not in found.text
 
 
-def join(server: Live, picture: Any) -> str:
+def join(server: Live, picture: Any, question: str = "Q") -> str:
     """The page's own call, with a picture of the sender's making.  -> what its events say"""
     config = httpx.get(f"{server.url}/config", timeout=WAIT).json()
     (asking,) = [one["id"] for one in config["dependencies"] if len(one["inputs"]) > 5]
-    data = [None, picture, "Q", "en", 0, 1, 0, 1, 4]
+    data = [None, picture, question, "en", 0, 1, 0, 1, 4]
     body = {"data": data, "fn_index": asking, "session_hash": "hostile0", "trigger_id": None}
-    joined = httpx.post(f"{server.url}/gradio_api/queue/join", json=body, timeout=WAIT)
+    headers = {"Content-Type": "application/json"}
+    joined = httpx.post(f"{server.url}/gradio_api/queue/join", content=json.dumps(body), headers=headers, timeout=WAIT)
     if joined.status_code != 200:
         return joined.text
     found = ""
@@ -246,6 +270,23 @@ def test_a_picture_is_an_upload_and_nothing_else(server: Live, monkeypatch: pyte
         found = join(server, picture)
         assert '"success":false' in found.replace(" ", ""), found[-500:]
     assert asked == []
+
+
+@pytest.mark.parametrize(("question", "asked"), [("a" * 32_769, []), ("Q\ud83d", ["Q"])])
+def test_a_question_is_no_longer_than_a_requests(
+    server: Live, monkeypatch: pytest.MonkeyPatch, question: str, asked: list[str]
+) -> None:
+    """The field's own limit is the browser's alone."""
+    found: list[str] = []
+    real = server.session.ask
+
+    def ask(picture: Any, text: str, *more: Any, **named: Any) -> Any:
+        found.append(text)
+        return real(picture, text, *more, **named)
+
+    monkeypatch.setattr(server.session, "ask", ask)
+    said = join(server, None, question=question)
+    assert found == asked and ("this server takes 32768" in said) == (not asked), said[-500:]
 
 
 def test_an_upload_of_any_size_is_refused(session: Session) -> None:
