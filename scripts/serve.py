@@ -31,8 +31,8 @@ from serve.server import app_of, server_of
 def main() -> None:
     options = parser().parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    token = token_from(options)
     try:
+        token = token_from(options)
         service = service_from(options)
         app = app_of(
             service,
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     add_model_options(made)
     group = made.add_argument_group("server")
     group.add_argument("--host", default="127.0.0.1", help="others than this machine's own need a token")
-    group.add_argument("--port", type=int, default=7860)
+    group.add_argument("--port", type=port_number, default=7860, metavar="N")
     group.add_argument("--no-page", dest="page", action="store_false", help="REST alone")
     group.add_argument("--lang", choices=["zh", "en"], default="en", help="of the page where the browser says neither")
     group.add_argument(
@@ -77,6 +77,13 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--max-picture-pixels", type=int, default=pictures.max_pixels, metavar="N")
     group.add_argument("--max-pictures", type=int, default=Service.max_pictures, metavar="N", help="of a request")
     return made
+
+
+def port_number(text: str) -> int:
+    number = int(text)
+    if not 0 <= number < 65536:
+        raise argparse.ArgumentTypeError(f"{number} is no port; they go from 0 (any free one) to 65535")
+    return number
 
 
 def service_from(options: argparse.Namespace) -> Service:
@@ -97,9 +104,12 @@ def service_from(options: argparse.Namespace) -> Service:
 
 
 def token_from(options: argparse.Namespace) -> str | None:
-    """On this machine alone one is asked for only if it was given."""
+    """On this machine alone one is asked for only if it was given.  Raises ValueError: a file that cannot be read."""
     if options.token_file is not None:
-        return options.token_file.read_text().strip() or None
+        try:
+            return options.token_file.read_text("utf-8").strip() or None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--token-file {options.token_file} cannot be read ({error})") from None
     if given := os.environ.pop("QUEQIAO_TOKEN", "").strip():
         return given
     if is_local(options.host):

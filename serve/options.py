@@ -43,6 +43,8 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
 
 def session_from(options: argparse.Namespace) -> Session:
     """Raises ValueError: see `model.load.load`."""
+    if options.max_tokens < 2:
+        raise ValueError(f"--max-tokens is {options.max_tokens}; a conversation takes more, its answer included")
     return Session.load(
         options.model,
         options.adapter,

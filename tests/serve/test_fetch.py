@@ -26,6 +26,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.end_headers()
             return
         self.send_response(200)
+        if self.path == "/slow-head":
+            self.flush_headers()
+            for letter in b"X-Slow: " + b"x" * 400:
+                try:
+                    self.wfile.write(bytes([letter]))
+                except OSError:
+                    return
+                time.sleep(0.02)
         self.end_headers()
         for _ in range(400 if self.path == "/drip" else 1):
             try:
@@ -85,6 +93,7 @@ def test_a_picture_comes_from_the_address_that_was_looked_at(port: int) -> None:
         ("/redirect", "answered with 302, not with a picture"),
         ("/long", "has more than 1000 bytes"),
         ("/drip", "could not be fetched from pictures.example in time"),
+        ("/slow-head", "could not be fetched from pictures.example in time"),
     ],
 )
 def test_no_redirect_no_flood_no_drip(port: int, path: str, expected: str) -> None:

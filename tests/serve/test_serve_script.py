@@ -60,9 +60,22 @@ def test_a_server_for_others_draws_a_token_and_ends_when_told(tmp_path: Path) ->
         process.wait()
 
 
-def test_what_cannot_be_served_is_one_sentence() -> None:
-    done = subprocess.run(
-        [sys.executable, "scripts/serve.py", "--model", "nowhere", "--no-page"],
-        cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 1 and done.stderr.strip() == "serve: there is no folder nowhere"
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--no-page", "serve: there is no folder nowhere"),
+        ("--max-tokens 0", "serve: --max-tokens is 0; a conversation takes more"),
+        ("--token-file nothing", "serve: --token-file nothing cannot be read"),
+        ("--port 99999", "argument --port: 99999 is no port"),
+    ],
+)
+def test_what_cannot_be_served_is_one_sentence(
+    options: str, expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from scripts.serve import main
+
+    monkeypatch.setattr(sys, "argv", ["serve.py", "--model", "nowhere", *options.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = f"{ended.value.code}" if isinstance(ended.value.code, str) else capsys.readouterr().err
+    assert expected in said
