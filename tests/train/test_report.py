@@ -19,7 +19,7 @@ from data.decode import open_image, upright
 from data.source.synthetic import SceneSource
 from train.distributed import Ranks
 from train.evaluator.predictions import Predictions
-from train.report.attention import overlay
+from train.report.attention import Look, Looks, overlay
 from train.report.chart import MOST_POINTS, Line, chart, spoken, thinned, training_charts
 from train.report.page import Options, collect, html, uri, write_report
 from train.report.records import RunRecord, read_run, read_runs
@@ -285,6 +285,16 @@ def test_several_runs_are_compared(run: Path, tmp_path: Path) -> None:
     assert Image.open(out.with_name("comparison_curves.png")).width > 500
 
 
+def test_how_to_read_attention_is_said_once_for_all_runs(run: Path, tmp_path: Path) -> None:
+    content = collect(read_runs([run, shutil.copytree(run, tmp_path / "other")]), Options(attention="no"))
+    told = "Weights of the cross-attention"
+    assert told not in html(content), "nothing is drawn that could be read"
+    tile = Image.new("RGB", (8, 8))
+    for group in content["attention"]:
+        group["looks"] = Looks("step_6", (Look("en, sample 0", tile, (tile,), (tile,), 0.0),), num_heads=4)
+    assert html(content).count(told) == 1 and html(content).count("step_6</code>, 4 heads.") == 2
+
+
 def test_pictures_go_to_wandb_under_the_run_s_own_id(run: Path) -> None:
     pytest.importorskip("wandb")
     from tests.train.wandb_files import offline_runs
@@ -344,4 +354,18 @@ def test_the_reader_of_a_run_says_what_state_it_is_in(run: Path) -> None:
     assert rows["state"][0].startswith("step 6 of 20; last written")
     assert rows["left out of the log"] == ["1 line that could not be read"]
     assert rows["waiting for data"] == ["25.0% of the time (median)"]
+    assert rows["Q-Former"] == ["32 wide, 2 layers"], "not once more that it is one"
     assert skipped(found)["total"] == 1 and skipped(found)["rows"][0][:2] == ("truncated image", 1)
+
+
+def test_parts_are_called_as_people_call_them(run: Path) -> None:
+    from train.report.facts import facts
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"] |= {
+        "llm": {"_target_": "model.llm.warm_up.warm_up", "_partial_": True, "hidden_size": 64, "num_layers": 2},
+        "adapter": {"_target_": "model.adapter.NoAdapter"},
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    rows = dict(facts([read_run(run)])["rows"])
+    assert rows["language model"] == ["ChatGLM, warmed up first: 64 wide, 2 layers"] and rows["adapter"] == ["none"]

@@ -18,6 +18,7 @@ SIZES = {
     "num_query_tokens": "{} query tokens",
     "rank": "rank {}",
 }
+NAMES = {"QFormer": "", "NoAdapter": "none", "warm_up": "ChatGLM, warmed up first"}  # others say what they are
 PLACES = ("run.dir", "run.name")  # differ between any two runs
 
 
@@ -63,12 +64,12 @@ def _state(run: RunRecord) -> str:
 
 
 def _named(node: Any, *sizes: str) -> str:
-    """ "eva_vit: width 128, ..." of a `_target_` node."""
+    """ "eva_vit: 128 wide, ..." of a `_target_` node."""
     if not isinstance(node, Mapping) or "_target_" not in node:
         return ""
     name = str(node["_target_"]).rpartition(".")[2]
-    said = [SIZES[size].format(node[size]) for size in sizes if is_number(node.get(size))]
-    return name + (": " + ", ".join(said) if said else "")
+    said = ", ".join(SIZES[size].format(node[size]) for size in sizes if is_number(node.get(size)))
+    return ": ".join(filter(None, (NAMES.get(name, name), said)))
 
 
 def _text(value: Any) -> str:
