@@ -171,16 +171,17 @@ class ImageTextModel(nn.Module):
         self, image: ImageFeatures, bos_id_B: Tensor, *, eos_id: int, pad_id: int, max_new_tokens: int
     ) -> Tensor:
         """Greedy captions.  -> ids_BL: no generation token; `eos_id`, where it came, is kept and `pad_id` follows."""
-        ids_BL = bos_id_B[:, None]
+        said: list[Tensor] = []
+        past, word_B = image.past, bos_id_B
         running_B = torch.ones_like(bos_id_B, dtype=torch.bool)
-        for _ in range(max_new_tokens):
-            last_BH = self.caption(image, ids_BL, torch.ones_like(ids_BL, dtype=torch.bool))[:, -1]
-            next_B = self.vocabulary_logits(last_BH).argmax(dim=-1).masked_fill(~running_B, pad_id)
-            ids_BL = torch.cat([ids_BL, next_B[:, None]], dim=1)
-            running_B = running_B & (next_B != eos_id)
+        for position in range(max_new_tokens):
+            last_BH, past = self.qformer.next_word(past, word_B, position)
+            word_B = self.vocabulary_logits(last_BH).argmax(dim=-1).masked_fill(~running_B, pad_id)
+            said.append(word_B)
+            running_B = running_B & (word_B != eos_id)
             if not running_B.any():
                 break
-        return ids_BL[:, 1:]
+        return torch.stack(said, dim=1)
 
     # -------------------------------------------------------------------------------------------------- the measures
 

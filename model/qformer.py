@@ -202,14 +202,15 @@ class TextEmbedding(nn.Module):
         self.word = nn.Embedding(vocab_size, hidden_size, padding_idx=pad_id)
         self.position = nn.Embedding(max_positions, hidden_size)
 
-    def forward(self, text_ids_PL: Tensor) -> Tensor:
-        length = text_ids_PL.shape[1]
-        if length > self.position.num_embeddings:
+    def forward(self, text_ids_PL: Tensor, first: int = 0) -> Tensor:
+        """`first`: the position of the first token."""
+        end = first + text_ids_PL.shape[1]
+        if end > self.position.num_embeddings:
             raise ValueError(
-                f"a text of {length} tokens does not fit the Q-Former's {self.position.num_embeddings} positions: "
+                f"a text of {end} tokens does not fit the Q-Former's {self.position.num_embeddings} positions: "
                 "lower data.loader.max_text_tokens or raise model.qformer.max_positions"
             )
-        return self.word(text_ids_PL) + self.position(torch.arange(length, device=text_ids_PL.device))
+        return self.word(text_ids_PL) + self.position(torch.arange(first, end, device=text_ids_PL.device))
 
 
 class QueryTokens(nn.Module):
@@ -329,6 +330,13 @@ class QFormer(nn.Module):
         mask = attention_mask.text_after_query(text_mask_PL, self.num_query_tokens)
         return self._run(self._embed(text_ids_PL), num_query_tokens=0, mask=mask, past=past)[0]
 
+    def next_word(self, past: Sequence[KeyValue], text_id_P: Tensor, position: int) -> tuple[Tensor, list[KeyValue]]:
+        """`caption` word by word.  -> text_PH, and `past` with this word's keys and values in it"""
+        x_P1H, own = self._run(self._embed(text_id_P[:, None], position), num_query_tokens=0, past=past)
+        both = zip(past, own, strict=True)
+        grown = [(torch.cat([old[0], new[0]], dim=2), torch.cat([old[1], new[1]], dim=2)) for old, new in both]
+        return x_P1H[:, 0], grown
+
     # -------------------------------------------------------------------------------------------------- the pieces
 
     def looking(self) -> list[CrossAttention]:
@@ -338,8 +346,8 @@ class QFormer(nn.Module):
     def _queries(self, num_rows: int) -> Tensor:
         return self.embedding_dropout(self.embedding_norm(self.query_tokens(num_rows)))
 
-    def _embed(self, text_ids_PL: Tensor) -> Tensor:
-        return self.embedding_dropout(self.embedding_norm(self.embedding(text_ids_PL)))
+    def _embed(self, text_ids_PL: Tensor, first: int = 0) -> Tensor:
+        return self.embedding_dropout(self.embedding_norm(self.embedding(text_ids_PL, first)))
 
     def _run(
         self,
