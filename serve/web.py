@@ -7,6 +7,7 @@ no link, fetches no address, and serves no file but what this browser uploaded.
 from __future__ import annotations
 
 import asyncio
+import html
 import os
 import re
 import tempfile
@@ -87,7 +88,7 @@ class Conversation:
     """What the server remembers of one open page."""
 
     history: list[Exchange]
-    shown: list[dict[str, Any]]  # messages, as Gradio shows them
+    shown: list[dict[str, Any]]  # messages, as Gradio shows them: texts are HTML, its copy button would copy that
     picture: Path | None = None  # shown last
 
     def __deepcopy__(self, _: Any) -> Conversation:
@@ -175,7 +176,7 @@ class Page:
                     memory = gr.Markdown(self.memory(self.language), elem_id="memory", elem_classes="memory")
                 with gr.Column(scale=5, min_width=320):
                     chat = gr.Chatbot(
-                        label=texts["chat"], height=520, render_markdown=False, buttons=["copy"], elem_id="chat",
+                        label=texts["chat"], height=520, render_markdown=False, buttons=[], elem_id="chat",
                         feedback_options=None, latex_delimiters=[], sanitize_html=True,
                     )  # fmt: skip
                     question = gr.Textbox(
@@ -246,12 +247,12 @@ class Page:
         before = [*conversation.shown]
         if is_new:
             before.append({"role": "user", "content": {"path": str(picture)}})
-        before.append({"role": "user", "content": question})
+        before.append({"role": "user", "content": html.escape(question)})
         if ask.encoded.num_cut.get("history") or ask.encoded.num_cut.get("question"):
             gr.Info(texts["cut"])
 
         def now(text: str, *, is_running: bool) -> tuple[Any, ...]:
-            messages = [*before, {"role": "assistant", "content": text}]
+            messages = [*before, {"role": "assistant", "content": html.escape(text)}]
             kept = Conversation(ask.history(text), messages, picture or conversation.picture)
             memory = gr.skip() if is_running else self.memory(language)
             return kept, messages, "" if not text else gr.skip(), *self.buttons(is_running), memory

@@ -147,6 +147,28 @@ def endless(session: Session) -> None:
     session.answers = answers  # type: ignore[method-assign]
 
 
+def test_texts_are_shown_as_they_are(browser: Browser, server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio takes them for HTML: half of them would be missing, and they could draw forms and ask for addresses."""
+    text = 'a<b and c>d &lt; <b>x</b> <img src="/health"> <form action="https://evil.example"><input>'
+    real = server.session.answers
+
+    def answers(asks: Any) -> Iterator[Any]:
+        from dataclasses import replace
+
+        for several in real(asks):
+            yield [answer and replace(answer, text=text) for answer in several]
+
+    monkeypatch.setattr(server.session, "answers", answers)
+    page = opened(browser, server)
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(urlsplit(request.url).path))
+    ask(page, text)
+    assert said(page, 1) == [text]
+    assert page.locator("#chat .user .message-content").inner_text().strip() == text
+    assert page.locator("#chat form, #chat .message-content img, #chat b").count() == 0 and "/health" not in asked
+    page.close()
+
+
 def test_a_picture_can_be_pasted(browser: Browser, server: Live) -> None:
     page = opened(browser, server, permissions=["clipboard-read", "clipboard-write"])
     page.evaluate(
