@@ -290,7 +290,7 @@ def draw_report(
     predictions = Predictions(ranks)
     for evaluator in (retrieval, caption):
         evaluator(model, device=next(model.parameters()).device, ranks=ranks, predictions=predictions)
-    pools = {language: retrieval.pool(language, ranks) for language in NAMES}
+    pools = {language: retrieval.pools.of(language, ranks) for language in NAMES}
     lines: dict[int, list[tuple[str, bool | None]]] = {i: [] for i in spread(pools["zh"].num_images, number)}
     for language, pool in pools.items():
         right = retrieval.right(pool)["image_to_text"]
