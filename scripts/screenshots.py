@@ -37,9 +37,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LOCALES = {"zh": "zh-CN", "en": "en-US"}
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 WIDTH = 1150  # pixels of a picture; what is shown there is narrower, since READMEs make it smaller again
-WAIT = 180.0  # seconds for a model to load or to answer
+WAIT = 600.0  # seconds for a model to load or to answer, on a machine that does much else
 MAX_BYTES = 200_000
-OWN = {"demo": "examples.png", "demo_answers": "answers.png"}  # what scripts/demo.sh draws itself
+OWN = {"demo.png": "examples.png", "demo_answers.png": "answers.png"}  # what scripts/demo.sh draws itself
 PAGE = "report.html"
 PROMPT, MORE = "$ ", "> "  # the shell's
 TERMINAL_WIDTH = 940
@@ -61,6 +61,8 @@ def main() -> None:
     try:
         demo = Demo.at(options.demo)
         options.out.mkdir(parents=True, exist_ok=True)
+        for name, own in OWN.items():
+            shutil.copyfile(ROOT / demo.report / own, options.out / name)
         with chromium() as browser:
             for name, picture in pictures(browser, demo):
                 file = options.out / f"{name}.png"
@@ -100,8 +102,6 @@ class Demo:
 
 def pictures(browser: Any, demo: Demo) -> Iterator[tuple[str, Image.Image]]:
     """Names without their endings, and pictures."""
-    for name, file in OWN.items():
-        yield name, Image.open(ROOT / demo.report / file).convert("RGB")
     yield "report", report_picture(browser, demo.report / PAGE)
     with server(demo.model) as url:
         for language in LOCALES:
