@@ -25,6 +25,7 @@ TEXTS = {
         "absent": "没有这个文件：{path}",
         "unreadable": "这个文件读不了：{path}（{error}）",
         "stopped": "（已停止）",
+        "failed": "（回答失败：{error}）",
         "cut": "（对话太长，最早的部分已略去）",
         "idle": "（输入 stop 结束程序）",
         "bye": "再见。",
@@ -38,6 +39,7 @@ TEXTS = {
         "absent": "There is no file {path}",
         "unreadable": "{path} cannot be read ({error})",
         "stopped": "(stopped)",
+        "failed": "(the answer failed: {error})",
         "cut": "(the conversation is long: its beginning was left out)",
         "idle": "(type stop to end the program)",
         "bye": "Goodbye.",
@@ -117,12 +119,16 @@ class Terminal:
             if ask.encoded.num_cut.get("history") or ask.encoded.num_cut.get("question"):
                 self.tell("cut")
             self.write(self.texts["answer"].format(name=self.session.name))
-            for (answer,) in self.session.answers([ask]):
-                self.write(answer.text[len(shown) :])
-                shown = answer.text
-                if is_interrupted():
-                    self.write(f" {self.texts['stopped']}")
-                    break
+            try:
+                for (answer,) in self.session.answers([ask]):
+                    self.write(answer.text[len(shown) :])
+                    shown = answer.text
+                    if is_interrupted():
+                        self.write(f" {self.texts['stopped']}")
+                        break
+            except Exception as error:  # out of memory, say: the conversation is still there
+                self.tell("failed", error=f"{type(error).__name__}: {error}")
+                return history
         self.write("\n")
         return ask.history(shown)
 

@@ -144,6 +144,24 @@ def test_results_of_another_evaluation_are_not_mixed_up(run: Path, capsys: pytes
     assert "R@1" in capsys.readouterr().out
 
 
+def test_predictions_of_other_questions_or_weights_are_not_kept(asked: list[str], tmp_path: Path) -> None:
+    """The same names, and something else behind them."""
+    first, _ = evaluated(*asked)
+    assert (first["precision"], first["device"]) == ("fp32", "cpu")
+    assert evaluated(*asked)[0] == first
+    questions = tmp_path / "questions.json"
+    before = questions.read_text()
+    questions.write_text(before.replace("What is", "Who is", 1))
+    with pytest.raises(ValueError, match=r"another evaluation \(samples.vqa: \w+ -> \w+\): give this one a name"):
+        evaluated(*asked)
+    weights = ours.fingerprint_of_folder(tmp_path / "base")  # of a folder that is no run
+    moved = shutil.copytree(tmp_path / "base", tmp_path / "moved")
+    assert ours.fingerprint_of_folder(moved) == weights
+    file = next(moved.rglob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    assert ours.fingerprint_of_folder(moved) != weights
+
+
 def test_checkpoints_by_name(run: Path) -> None:
     short = [f"run={run}", "train.evaluator.caption=null"]
     best, _ = evaluated(*short, "checkpoint=best")

@@ -8,9 +8,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from model.build import build
-from model.weights.ours import fingerprint_of_file
+from model.weights.ours import fingerprint_of_folder
 from train.config_evaluate import config_of_run
 from train.distributed import Ranks
 from train.engine import PRECISIONS, resolve_precision, store_frozen
@@ -43,6 +44,7 @@ class Subject:
     checkpoint: str  # its name
     weights: str  # a fingerprint
     autocast: torch.dtype | None  # as in training; None where the model is in one precision
+    precision: str
 
 
 def evaluate(config: DictConfig) -> Path:
@@ -61,8 +63,9 @@ def evaluate(config: DictConfig) -> Path:
     if not evaluators:
         raise ValueError(f"{run} was trained without evaluators: choose some with train/evaluator=...")
     folder = results_folder(config, run, subject)
+    about = _about(config, subject, evaluators, device)
     if ranks.is_first:
-        _begin(folder, config, subject)
+        _begin(folder, {**about, "evaluator": config.train.evaluator}, resume=config.resume)
         print(f"{run}, {subject.checkpoint}, {device.type}, {ranks.count} rank(s); results go to {folder}", flush=True)
     ranks.barrier()
     predictions = Predictions(ranks, folder / PREDICTIONS, lockstep=False, shown=True)
@@ -72,7 +75,7 @@ def evaluate(config: DictConfig) -> Path:
             found |= _measure(evaluator, subject.model, device, ranks, predictions, folder)
     predictions.close()
     if ranks.is_first:
-        _write(folder / METRICS, {**_about(config, subject), "ranks": ranks.count, "metrics": found})
+        _write(folder / METRICS, {**about, "ranks": ranks.count, "metrics": found})
         print(f"{len(found)} numbers in {folder / METRICS}, every prediction in {folder / PREDICTIONS}", flush=True)
     ranks.barrier()
     return folder
@@ -117,7 +120,7 @@ def _stage_one(
     model, codec, file = load(plain, run, config.checkpoint)
     store_frozen(model, precision)
     autocast = None if precision == "fp32" else PRECISIONS[precision]
-    return Subject(model.to(device), codec, *_named(file, ranks), autocast)
+    return Subject(model.to(device), codec, *_named(file, run, ranks), autocast, precision)
 
 
 def _stage_two(config: DictConfig, run: Path, precision: str, device: torch.device, ranks: Ranks) -> Subject:
@@ -130,14 +133,13 @@ def _stage_two(config: DictConfig, run: Path, precision: str, device: torch.devi
     dtype = str(PRECISIONS[precision]).removeprefix("torch.")
     quantize = config.quantize or None
     model = load(run, quantize=quantize, device=str(device), dtype=dtype, checkpoint=config.checkpoint)
-    return Subject(model, model.llm.codec, *_named(file, ranks), None)
+    return Subject(model, model.llm.codec, *_named(file, run, ranks), None, precision)
 
 
-def _named(file: Path | None, ranks: Ranks) -> tuple[str, str]:
-    """A checkpoint's name and the fingerprint of its weights."""
-    if file is None:
-        return "as_loaded", ""
-    return file.parent.name, ranks.broadcast_object(fingerprint_of_file(file) if ranks.is_first else "")
+def _named(file: Path | None, run: Path, ranks: Ranks) -> tuple[str, str]:
+    """A checkpoint's name and the fingerprint of its weights; without one, of the whole folder's."""
+    found = ranks.broadcast_object(fingerprint_of_folder(file or run) if ranks.is_first else "")
+    return "as_loaded" if file is None else file.parent.name, found
 
 
 @contextmanager
@@ -158,11 +160,11 @@ def results_folder(config: DictConfig, run: Path, subject: Subject) -> Path:
     return Path(config.dir).expanduser() if config.dir else home / "eval" / name
 
 
-def _begin(folder: Path, config: DictConfig, subject: Subject) -> None:
+def _begin(folder: Path, known: Mapping[str, Any], *, resume: str) -> None:
     """Makes the folder, or sees that it holds the same evaluation."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = OmegaConf.create({**_about(config, subject), "evaluator": config.train.evaluator})
-    if config.resume == "never":
+    about = OmegaConf.create(dict(known))
+    if resume == "never":
         for name in (PREDICTIONS, METRICS):
             (folder / name).unlink(missing_ok=True)
     elif (folder / PREDICTIONS).exists() and (folder / CONFIG).exists():
@@ -175,12 +177,18 @@ def _begin(folder: Path, config: DictConfig, subject: Subject) -> None:
     (folder / CONFIG).write_text(OmegaConf.to_yaml(about), encoding="utf-8")
 
 
-def _about(config: DictConfig, subject: Subject) -> dict[str, Any]:
+def _about(
+    config: DictConfig, subject: Subject, evaluators: Sequence[Evaluator], device: torch.device
+) -> dict[str, Any]:
+    """All that predictions depend on."""
+    samples = {one.name: json.dumps(one.source.fingerprint(), sort_keys=True) for one in evaluators}
     return {
         "run": config.run,
         "checkpoint": subject.checkpoint,
         "weights": subject.weights,
-        "precision": config.precision,
+        "samples": {name: hashlib.sha256(told.encode()).hexdigest()[:16] for name, told in samples.items()},
+        "precision": subject.precision,
+        "device": device.type,
         "quantize": config.quantize,
         "versions": {package: version(package) for package in PACKAGES},
     }

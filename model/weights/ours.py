@@ -18,6 +18,7 @@ from model.weights.filling import LoadReport, Part, fill
 from model.weights.names import ENCODER, QUERIES
 
 _FILE = "weights.safetensors"
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth")
 _TEXT = ("embedding.", "language_head.", "text_feed_forward.")
 
 
@@ -91,6 +92,15 @@ def fingerprint_of_file(path: Path) -> str:
     """Changes when anything in the file does."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint_of_folder(path: Path) -> str:
+    """The same for a file, or for all files of weights in a folder, whoever wrote them."""
+    files = (
+        [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _WEIGHT_FILES and f.is_file())
+    )
+    told = [f"{file.relative_to(path)} {fingerprint_of_file(file)}" for file in files]  # a file alone: "."
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
 def is_ours(path: Path) -> bool:

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import pytest
+import torch
 from PIL import Image
 
 from model.generation import Decoding
@@ -240,6 +241,28 @@ def test_ctrl_c_while_a_picture_or_a_question_is_read(
     lines = shown(session, "en")
     assert lines[-1] == "Goodbye." and (TEXTS["en"]["idle"] in lines) == (slow == "picture")
     assert any(line.endswith(TEXTS["en"]["stopped"]) for line in lines) == (slow == "ask")
+
+
+def test_an_answer_that_fails_leaves_the_conversation(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    greedy = {"temperature": 0, "max_new_tokens": 12}
+    first, history = session.chat(None, "Q", **greedy)
+    second, _ = session.chat(None, "Q", history, **greedy)
+    real = session.answers
+
+    def answers(asks: Any) -> Any:
+        if asks[0].dialogue.turns[-1].question == "much":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return real(asks)
+
+    monkeypatch.setattr(session, "answers", answers)
+    typed(monkeypatch, "", "Q", "much", "Q", "stop")
+    lines = shown(session, "en")
+    assert lines[1:] == [
+        f"tiny: {first}",
+        "tiny: (the answer failed: OutOfMemoryError: CUDA out of memory)",
+        f"tiny: {second}",
+        "Goodbye.",
+    ]
 
 
 def test_a_long_conversation_says_that_it_was_cut(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from data.source import DialogueSource, Source
 from train.distributed import Ranks
 from train.evaluator.predictions import Predictions
 
@@ -37,6 +38,7 @@ class Evaluation:
 
 class Evaluator(Protocol):
     name: str
+    source: Source | DialogueSource
 
     def __call__(
         self, model: Any, *, device: torch.device, ranks: Ranks, predictions: Predictions | None = None

@@ -60,7 +60,7 @@ class CaptionEvaluator:
             raise ValueError(
                 f"evaluator {name!r}: max_new_tokens {max_new_tokens} and batch_size {batch_size} must be 1 or more"
             )
-        self.name, self.codec, self.judge = name, codec, judge
+        self.name, self.source, self.codec, self.judge = name, source, codec, judge
         self.max_new_tokens, self.batch_size, self.examples = max_new_tokens, batch_size, examples
         self.pools = Pools(source, transform, codec, languages, num_samples=num_samples, captions_per_image=None,
                            max_text_tokens=max_new_tokens)  # fmt: skip
