@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,23 @@ def test_equals_a_plain_loop(tokenizer_dir: Path, rerank: int, same: bool) -> No
     assert any("pool of 7 images and 11 texts, 1 samples could not be read" in line for line in found.lines)
     assert any(line.startswith("  ITM text to image: R@1 ") and "mean" in line for line in found.lines)
     assert found.pictures.keys() == {"en"}
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_row_tells_which_of_its_candidates_are_right(tokenizer_dir: Path, same: bool) -> None:
+    """Of a picture in two rows the captions of both, and with `same` what reads like one of another picture's."""
+    predictions = Predictions(ALONE)
+    model = small_model(codec(tokenizer_dir).vocab_size)
+    evaluator_of(tokenizer_dir, same_text_is_right=same)(model, device=CPU, ranks=ALONE, predictions=predictions)
+    belong = {(i, t) for i, texts in BELONG.items() for t in texts} | ({(0, 9), (6, 0)} if same else set())
+    names = [f"sample {number}" for number in (0, 1, 3, 4, 6, 7, 8)]
+    expected = [(text, [names[i] for i in PICTURES if (i, t) in belong]) for t, text in enumerate(CAPTIONS)]
+    rows = predictions.known("retrieval", "en/text_to_image")
+    found = [(row["query"], sorted(compress(row["best"], row["best_right"]))) for row in rows.values()]
+    assert sorted(found) == sorted(expected)
+    right = {(i, t) for t, row in rows.items() for i in compress(row["best_index"], row["best_right"])}
+    for i, row in predictions.known("retrieval", "en/image_to_text").items():
+        assert row["best_right"] == [(i, t) in right for t in row["best_index"]]
 
 
 def test_both_languages_apart_and_one_direction_alone(tokenizer_dir: Path) -> None:

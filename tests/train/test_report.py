@@ -17,12 +17,14 @@ from PIL import Image
 
 from data.decode import open_image, upright
 from data.source.synthetic import SceneSource
+from model.build import build
+from tests.train.tiny_evaluation import CPU, codec, small_model, train_tokenizer
 from train.distributed import Ranks
 from train.evaluator.predictions import Predictions
 from train.report.attention import Look, Looks, overlay
 from train.report.chart import MOST_POINTS, Line, chart, spoken, thinned, training_charts
 from train.report.page import Options, collect, html, uri, write_report
-from train.report.records import RunRecord, read_run, read_runs
+from train.report.records import PredictionSet, RunRecord, read_run, read_runs
 from train.report.results import columns, tables
 from train.report.samples import Samples, retrieved, side_by_side
 
@@ -34,6 +36,7 @@ NODE = {
 }
 SCENES = SceneSource(6, split="held_out", image_size=32)
 KEYS = [SCENES.read("en", index).key for index in range(6)]
+IN_ENGLISH = ("en/image_to_text", "en/text_to_image")
 
 
 def caption_of(index: int) -> str:
@@ -64,9 +67,11 @@ def write_evaluation(run: Path, step: int, rows: Sequence[dict[str, Any]], nodes
 def ranking(
     index: int, rank: int, best: Sequence[str], query: str = "", part: str = "en/image_to_text"
 ) -> dict[str, Any]:
+    """`rank` is the place of the only right one."""
     places = [KEYS.index(text) if text in KEYS else 0 for text in best]
+    right = [place == rank for place in range(1, len(best) + 1)]
     own = {"query": query or KEYS[index], "rank": {"itc": 1, "itm": rank}, "best": list(best), "best_index": places}
-    return {"evaluator": "retrieval", "part": part, "index": index, **own}
+    return {"evaluator": "retrieval", "part": part, "index": index, **own, "best_right": right}
 
 
 def said(index: int, caption: str) -> dict[str, Any]:
@@ -214,6 +219,60 @@ def test_successes_and_failures_with_their_own_pictures(run: Path) -> None:
         assert query.picture is not None and np.array_equal(np.asarray(query.picture), np.asarray(expected))
     assert [candidate.right for candidate in texts.right[0].candidates] == [True, False]
     assert [candidate.right for candidate in texts.wrong[0].candidates] == [False, True]
+
+
+def test_all_captions_of_a_picture_in_several_rows_are_right(tmp_path: Path) -> None:
+    """One caption a row, as many files have it, and two pictures of which the same is said: marked as measured."""
+    belong = [("a.jpg", "a red circle"), ("a.jpg", "one red circle"), ("b.jpg", "a blue square"),
+              ("b.jpg", "a square in blue"), ("c.jpg", "a blue square")]  # fmt: skip
+    for number, name in enumerate(("a.jpg", "b.jpg", "c.jpg")):
+        SCENES.picture(number).save(tmp_path / name)
+    write_lines(tmp_path / "rows.jsonl", [{"image": name, "en": text} for name, text in belong])
+    source = {"_target_": "data.source.jsonl_pairs.JsonlPairs", "path": str(tmp_path / "rows.jsonl")}
+    node = {**NODE, "source": {**source, "caption_fields": {"en": "en"}}}
+    tokenizer = codec(train_tokenizer(tmp_path / "tokenizer"))
+    predictions = Predictions(Ranks.alone())
+    evaluator = build({**node, "rerank": 0, "examples": 0}, codec=tokenizer)
+    evaluator(small_model(tokenizer.vocab_size), device=CPU, ranks=Ranks.alone(), predictions=predictions)
+    parts = {(evaluator.name, part): predictions.known(evaluator.name, part) for part in IN_ENGLISH}
+    made = PredictionSet(tmp_path, "step_1", {evaluator.name: node}, parts, {})
+    images, texts = retrieved(made, lambda _: Samples(node), 9)
+    queries = [*images.right, *images.wrong]
+    assert len(queries) == 3
+    for query in queries:
+        for caption in query.candidates:
+            assert caption.right == ((query.text, caption.text) in belong), (query.text, caption.text)
+        assert bool(query.own) == (not any(caption.right for caption in query.candidates))
+    assert max(sum(bool(caption.right) for caption in query.candidates) for query in queries) > 1
+    queries = [*texts.right, *texts.wrong]
+    assert len(queries) == 5
+    for query in queries:
+        for picture in query.candidates:
+            assert picture.right == ((picture.text, query.text) in belong), (query.text, picture.text)
+        assert len(query.candidates) == 3, "so every picture was asked about"
+
+
+def test_the_right_caption_beside_others_is_the_one_found_first() -> None:
+    """Not another one of that picture, of which the place would not be true."""
+    row = {**ranking(0, 4, [HOSTILE, "b", "c", "written by another", "e"]), "best_right": [False] * 3 + [True] * 2}
+    (found,) = retrieved(PredictionSet(Path(), "step_1", {}, {("retrieval", IN_ENGLISH[0]): {0: row}}, {}), samples, 4)
+    assert found.wrong[0].own == "written by another"
+
+
+def test_predictions_of_before_do_not_tell_what_is_right(run: Path) -> None:
+    """What is known to be right is marked, and nobody knows of the rest."""
+    file = run / "eval/step_6/predictions.jsonl"
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+    write_lines(file, [{key: value for key, value in row.items() if key != "best_right"} for row in rows])
+    images, texts = retrieved(read_run(run).predictions[-1], samples, 4)
+    marks = [[candidate.right for candidate in query.candidates] for query in images.right + images.wrong]
+    assert marks == [[True, None], [None, True], [None, None]]
+    assert images.wrong[1].own == caption_of(2)
+    assert [[candidate.right for candidate in query.candidates] for query in texts.right + texts.wrong] == [
+        [True, None],
+        [None, True],
+    ]
+    assert 'title="not judged"' in html(collect(read_runs([run]), Options(attention="no")))
 
 
 def test_a_sample_behind_equal_pictures_is_found_by_its_key() -> None:

@@ -85,7 +85,7 @@ class RetrievalEvaluator:
             )
         self.recall, self.rerank, self.directions = tuple(recall), rerank, tuple(directions)
         self.same_text_is_right, self.batch_size, self.examples = same_text_is_right, batch_size, examples
-        self.name, self.note = name, note
+        self.name, self.source, self.note = name, source, note
         self.keep_bytes = int(keep_gib * 2**30)
         self.pools = Pools(source, transform, codec, languages, num_samples=num_samples,
                            captions_per_image=captions_per_image, max_text_tokens=max_text_tokens)  # fmt: skip
@@ -124,7 +124,8 @@ class RetrievalEvaluator:
                 rankings = self.rankings(model, pool, right, device, ranks, predictions)
             names = [sample.key or str(index) for index, sample in enumerate(pool.samples)]
             for direction, own in rankings.items():
-                predictions.add(self.name, parts[direction], [_row(pool, names, direction, found) for found in own])
+                made = [_row(pool, names, direction, found, right[direction][found.index]) for found in own]
+                predictions.add(self.name, parts[direction], made)
         return {
             direction: [row for _, row in sorted(predictions.known(self.name, part).items())]
             for direction, part in parts.items()
@@ -244,8 +245,11 @@ class RetrievalEvaluator:
         return text_beside_images(beside, columns=1)
 
 
-def _row(pool: Pool, names: Sequence[str], direction: str, found: Ranking) -> dict[str, Any]:
-    """A ranking for the file: `names` of samples for images, captions for texts."""
+def _row(pool: Pool, names: Sequence[str], direction: str, found: Ranking, right: set[int]) -> dict[str, Any]:
+    """A ranking for the file: `names` of samples for images, captions for texts.
+
+    It tells which of the best are right, as only the pool knows: equal pictures of several samples are one there.
+    """
     forward = direction == "image_to_text"
     return {
         "index": found.index,
@@ -253,6 +257,7 @@ def _row(pool: Pool, names: Sequence[str], direction: str, found: Ranking) -> di
         "rank": found.rank,
         "best": [pool.captions[c] if forward else names[c] for c in found.best[:SHOWN]],
         "best_index": found.best[:SHOWN],
+        "best_right": [c in right for c in found.best[:SHOWN]],
     }
 
 

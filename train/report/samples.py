@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from PIL import Image
@@ -28,11 +29,11 @@ Picture = Image.Image | None
 
 @dataclass(frozen=True)
 class Candidate:
-    """A caption or a picture that was found."""
+    """A caption or a picture that was found; right is None where nobody can tell."""
 
     text: str
     picture: Picture
-    right: bool
+    right: bool | None
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Query:
     picture: Picture
     rank: int
     candidates: tuple[Candidate, ...]
-    own: str = ""  # a right caption, where none is among the candidates
+    own: str = ""  # a right caption, the first one found, where none is among the candidates
 
 
 @dataclass(frozen=True)
@@ -212,25 +213,35 @@ def retrieved(made: PredictionSet, samples: Callable[[str], Samples], number: in
 
 def _image_query(samples: Samples, row: Row, language: str, how: str) -> Query:
     sample = samples.pair(language, int(row["index"]), str(row["query"]))
-    own = samples.captions(sample, language)
-    rank = int(row["rank"][how])
-    texts = [str(text) for text in row["best"][: NEAREST_KEPT - 1]]
-    candidates = tuple(
-        Candidate(text, None, text in own or (place == 1 and rank == 1)) for place, text in enumerate(texts, start=1)
-    )
-    missing = own[0] if own and not any(candidate.right for candidate in candidates) else ""
-    return Query(str(row["query"]), _picture(sample), rank, candidates, missing)
+    captions = samples.captions(sample, language)
+    found = [
+        Candidate(str(text), None, _right(row, place, how, text in captions)) for place, text in enumerate(row["best"])
+    ]
+    shown = tuple(found[: NEAREST_KEPT - 1])
+    known = chain((candidate.text for candidate in found if candidate.right), captions)
+    own = "" if any(candidate.right for candidate in shown) else next(known, "")
+    return Query(str(row["query"]), _picture(sample), int(row["rank"][how]), shown, own)
 
 
 def _text_query(samples: Samples, row: Row, language: str, how: str) -> Query:
-    text, rank, candidates = str(row["query"]), int(row["rank"][how]), []
-    for place, (index, key) in enumerate(zip(row["best_index"], row["best"], strict=False), start=1):
-        if place > NEAREST_KEPT:
-            break
+    text, candidates = str(row["query"]), []
+    shown = list(zip(row["best_index"], row["best"], strict=False))[:NEAREST_KEPT]
+    for place, (index, key) in enumerate(shown):
         sample = samples.pair(language, int(index), str(key))
-        right = text in samples.captions(sample, language) or (place == 1 and rank == 1)
+        right = _right(row, place, how, text in samples.captions(sample, language))
         candidates.append(Candidate(str(key), _picture(sample), right))
-    return Query(text, None, rank, tuple(candidates))
+    return Query(text, None, int(row["rank"][how]), tuple(candidates))
+
+
+def _right(row: Row, place: int, how: str, own: bool) -> bool | None:
+    """Whether the candidate in `place`, from 0, was counted as right.
+
+    Rows of earlier versions do not tell.  There a caption and a picture that stand in one sample of the source (`own`)
+    belong together, and nobody knows of the rest: other samples may have that picture too.
+    """
+    if "best_right" in row:
+        return bool(row["best_right"][place])
+    return True if own or (place == 0 and row["rank"][how] == 1) else None
 
 
 def _picture(sample: RawSample | None) -> Picture:
