@@ -186,3 +186,24 @@ def test_a_warm_up_is_not_repeated(folder: Path) -> None:
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
     with pytest.raises(ValueError, match="no dialogue to warm"):
         warm_up(dialogues=[], folder=folder / "other")
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [("35", "3.5"), ("1.25 cm", "12.5 cm"), ("5", "-5"), ("<5", ">5"), ("1/2", "12"), ("10:30", "1030"), ("+", "-"),
+     ("C", "C++"), ("", "-"), ("", "😀"), ("😀", "😡"), ("म", "मी"), ("5%", "5"), ("1-2", "12"), ("3,5", "35"),
+     ("C#", "C")],
+)  # fmt: skip
+def test_another_answer_is_not_taken_for_the_same(said: str, right: str) -> None:
+    assert not is_right(said, [right]) and not is_right(right, [said]) and is_right(said, [said])
+
+
+@pytest.mark.parametrize(
+    ("said", "right"),
+    [("A cat.", "a cat"), ("猫。", "猫"), ("“Yes!”", "yes"), ("ＣＴ", "ct"), ("left-sided", "left sided"),
+     ("1,000", "1000"),
+     ("\u22125", "-5"), ("covid-19", "COVID 19"), ("no, none", "No; none"), ("10：30", "10:30"), ("`x`~", "x"),
+     ("It is 5.", "it is 5"), ("...", " ... ")],
+)  # fmt: skip
+def test_spellings_of_one_answer(said: str, right: str) -> None:
+    assert is_right(said, [right]) and is_right(right, [said])

@@ -10,6 +10,7 @@ vqa_accuracy       the VQA challenge's, where several people answered each quest
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -261,8 +262,29 @@ def is_right(answer: str, right: Sequence[str]) -> bool:
 
 
 def plain(text: str) -> str:
-    """Letters and digits alone, full-width ones made half-width: what two spellings of one answer share."""
-    return "".join(c for c in unicodedata.normalize("NFKC", text).casefold() if c.isalnum())
+    """What two spellings of one answer share: no case, white space or punctuation, full-width letters made half-width.
+
+    What makes another answer of it stays: marks inside or before a number (3.5, 1/2, 10:30, -5), signs (+, <, %, C++),
+    marks on letters.  Where nothing is left, the text itself.
+    """
+    narrow = unicodedata.normalize("NFKC", text).casefold().translate(_MINUS)
+    narrow = _THOUSANDS.sub("", narrow)
+    return "".join(narrow[i] for i in range(len(narrow)) if _counts(narrow, i)) or narrow.strip()
+
+
+_MINUS = str.maketrans("\u2212\u2013", "--")
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
+def _counts(text: str, i: int) -> bool:
+    """Whether character `i` makes an answer what it is."""
+    before, after = text[max(0, i - 1) : i], text[i + 1 : i + 2]
+    if text[i] == "-":  # a minus, or a range; a hyphen after a letter is punctuation
+        return after.isdigit() and not before.isalpha()
+    if text[i] in ".,:/":
+        return before.isdigit() and after.isdigit()
+    kind = unicodedata.category(text[i])
+    return kind[0] in "LNM" or text[i] in "%#&*@" or (kind in ("Sm", "Sc", "So") and text[i] not in "~|")
 
 
 def most_frequent(answers: Sequence[str]) -> str:
