@@ -23,6 +23,12 @@ class PromptConnection(H11Protocol):
         super().data_received(data)
         self._watch()
 
+    def shutdown(self) -> None:
+        """Whoever only waits for news, as an open page does, does not hold up the server's end."""
+        super().shutdown()
+        if self.cycle is not None and not self.cycle.response_complete and self.scope["method"] == "GET":
+            self.transport.close()
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._unwatch()
         super().connection_lost(exc)

@@ -140,7 +140,7 @@ def _cut_at(pool: urllib3.HTTPConnectionPool, until: float) -> threading.Timer:
     """Ends the pool's one connection then: a time-out counts from byte to byte, and a head may come in drops."""
     sockets: list[socket.socket] = []
 
-    class Noted(pool.ConnectionCls):  # type: ignore[name-defined, misc]
+    class Noted(pool.ConnectionCls):  # type: ignore[name-defined]
         def connect(self) -> None:
             super().connect()
             sockets.append(self.sock)

@@ -122,18 +122,21 @@ def add_page(app: FastAPI, service: Service, *, language: str = "en") -> None:
         css=_CSS,
     )
     mount: Any = app.router.routes[-1]
-    mount.app = OnlyWhatIsAsked(mount.app)
+    mount.app = OnlyWhatIsAsked(mount.app, Path(cache))
 
 
 class OnlyWhatIsAsked:
     """An ASGI wrapper around Gradio's own app."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, cache: Path, most_bytes: int = 2**30) -> None:
+        self.app, self.cache, self.most_bytes = app, cache, most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (not _ASKED.fullmatch(scope["path"]) or "/../" in scope["path"]):
             raise Refused(404, "there is nothing at this address")
+        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload"):
+            if sum(file.stat().st_size for file in self.cache.rglob("*") if file.is_file()) > self.most_bytes:
+                raise Refused(507, "the server keeps as many pictures as it can: try again in a day")
         await self.app(scope, receive, send)
 
 

@@ -61,8 +61,8 @@ def warm_up(
         max_pieces, pieces: of its tokenizer, see `train_pieces`.
         num_image_tokens: of a picture, as many as the Q-Former has queries.
         lr, muon_lr: AdamW's; Muon's for the matrices of the blocks (null: AdamW too), which takes half the steps.
-        hint: "some": a word at each place, as many as fit.  "pooled": all words, in 2 parts or more, as many as there are
-            places at most (drawn anew each time: how words are spread over places must not matter to who reads them),
+        hint: "some": a word at each place, as many as fit.  "pooled": all words, in 2 parts or more, at most as many as
+            there are places (drawn anew each time: how words are spread over places must not matter to who reads them),
             each part's embeddings averaged; nearer to what a projection says, and the description is whole.
         blind: share of the rows that see no hint.
         max_tokens: longer dialogues are cut (`data.batch.DialogueCodec.encode`).

@@ -89,6 +89,7 @@ def test_upload_ask_read_clear(browser: Browser, server: Live) -> None:
     seen: list[str] = []
     page.on("request", lambda request: seen.append(request.url))
     page.reload()
+    page.wait_for_selector("#send")
     page.click("#settings button")
     set_number(page, "Temperature", "0")
     set_number(page, "Tokens of an answer", "30")
@@ -145,6 +146,39 @@ def endless(session: Session) -> None:
         return real([replace(ask, decoding=replace(ask.decoding, min_new_tokens=20_000)) for ask in asks])
 
     session.answers = answers  # type: ignore[method-assign]
+
+
+def test_clear_during_an_answer(browser: Browser, server: Live) -> None:
+    page = opened(browser, server)
+    page.click("#settings button")
+    set_number(page, "Tokens of an answer", "20000")
+    before = server.session.answers
+    try:
+        endless(server.session)
+        ask(page, "Q")
+        expect(page.locator("#chat .bot .message-content")).to_have_count(1, timeout=MS)
+        page.click("#clear")
+        expect(page.locator("#chat .message-content")).to_have_count(0, timeout=MS)
+        wait_until(lambda: server.is_idle)
+        page.wait_for_timeout(300)
+        assert page.locator("#chat .message-content").count() == 0, "nothing of it comes back"
+    finally:
+        server.session.answers = before  # type: ignore[method-assign]
+        page.close()
+
+
+def test_behind_a_token_and_an_open_page_does_not_hold_up_the_end(
+    browser: Browser, session: Session, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with live(session, page=True, token="secret") as server:
+        assert httpx.get(server.url, timeout=WAIT).status_code == 401
+        page = opened(browser, server, http_credentials={"username": "anybody", "password": "secret"})
+        page.click("#settings button")
+        set_number(page, "Tokens of an answer", "3")
+        ask(page, "Q")
+        said(page, 1)
+    assert "exceeded" not in capfd.readouterr().err, "uvicorn waits 5 seconds for its tasks, then cancels them"
+    page.close()
 
 
 def test_texts_are_shown_as_they_are(browser: Browser, server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,6 +343,14 @@ def test_a_question_is_no_longer_than_a_requests(
     monkeypatch.setattr(server.session, "ask", ask)
     said = join(server, None, question=question)
     assert found == asked and ("this server takes 32768" in said) == (not asked), said[-500:]
+
+
+def test_uploads_without_end_are_refused(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.web.OnlyWhatIsAsked.__init__.__defaults__", (250,))
+    with live(session, page=True) as server:
+        url, file = f"{server.url}/gradio_api/upload", {"files": ("a.png", b"a" * 100)}
+        found = [httpx.post(url, files=file, timeout=WAIT) for _ in range(4)]
+        assert [one.status_code for one in found] == [200, 200, 200, 507] and "as many pictures" in found[-1].text
 
 
 def test_an_upload_of_any_size_is_refused(session: Session) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from train.evaluator import own_share
 from train.evaluator.caption import CaptionEvaluator, before_end
 from train.evaluator.picture import BUNDLED_FONT, chinese_font_path, text_beside_images
 from train.evaluator.pool import Pool, read_pool
-from train.evaluator.predictions import Predictions
+from train.evaluator.predictions import Predictions, Progress
 from train.evaluator.text_metrics import text_scores
 
 ALONE = Ranks.alone()
@@ -189,3 +190,25 @@ def test_right_and_wrong_captions_have_their_colours() -> None:
     text = slice(130, None)
     assert (right[:, text, 1] - right[:, text, 0]).max() > 80  # green
     assert (wrong[:, text, 0] - wrong[:, text, 1]).max() > 80  # red
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_with_the_time_left(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bar at a terminal, else a line now and then; what an earlier evaluation had done counts, not its pace."""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    monkeypatch.setattr(Progress, "EVERY", 0.0)
+    clock = itertools.count(100.0, 10.0)
+    monkeypatch.setattr("train.evaluator.predictions.time.monotonic", lambda: next(clock))
+    with Progress("answers en", 50, 20, shown=True) as progress:
+        progress.advance(10)
+        progress.advance(0)
+    said = capsys.readouterr()
+    if terminal:
+        assert "answers en" in said.err and "30/50" in said.err and not said.out
+    else:
+        assert said.out.splitlines()[0].startswith("answers en: 30 of 50, 0:0") and not said.err
+    with Progress("answers en", 50, 20, shown=False) as silent:
+        silent.advance(30)
+    assert capsys.readouterr() == ("", "")
