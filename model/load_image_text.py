@@ -12,7 +12,6 @@ import torch
 from model.build import build
 from model.image_text import ImageTextModel
 from model.load import moved
-from model.tokenizer import CaptionTokenizer
 from model.weights import ours
 from model.weights.checkpoint import open_file
 from model.weights.filling import LoadReport
@@ -42,7 +41,7 @@ def load(config: Mapping[str, Any], run: Path, checkpoint: str) -> tuple[ImageTe
     nodes = moved(config["model"], config["run"]["dir"], home)
     codec = build(nodes["tokenizer"])
     if isinstance(codec, partial):  # one that the run trained on its own captions
-        codec = CaptionTokenizer(str(home / "tokenizer"))
+        codec = codec(texts=None, folder=home / "tokenizer")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["run"]["seed"])  # what no file has was drawn so when the run began
         model, _ = assemble_image_text(nodes, codec)

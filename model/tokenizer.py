@@ -93,6 +93,19 @@ class CaptionTokenizer:
         return found
 
 
+def own_wordpiece(
+    *, texts: Iterable[str] | None, folder: str | Path, vocab_size: int, bos: str = "shared"
+) -> CaptionTokenizer:
+    """The tokenizer in `folder`; where there is none yet, one is trained on `texts` (`train_wordpiece`).
+
+    Raises:
+        ValueError: there is none, and no texts are given.
+    """
+    if texts is not None and not (Path(folder) / "tokenizer.json").exists():
+        train_wordpiece(texts, vocab_size, folder)
+    return CaptionTokenizer(str(folder), bos=bos)
+
+
 def train_wordpiece(texts: Iterable[str], vocab_size: int, folder: str | Path, *, lowercase: bool = True) -> Path:
     """Train a small WordPiece tokenizer (Chinese by character, as BERT's) and save a folder that this module and
     transformers' `AutoTokenizer` read.  The same texts give the same file.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -48,28 +48,24 @@ def build_tokenizer(config: DictConfig, run: Any, sources: Any) -> Any:
     made = build(config.model.tokenizer)
     if not isinstance(made, partial):
         return made
-    from model.tokenizer import CaptionTokenizer
-
     folder = run.dir / "tokenizer"
-    if run.ranks.is_first and not (folder / "tokenizer.json").exists():
+    if run.ranks.is_first:
         made(texts=some_captions(sources), folder=folder)
     run.ranks.barrier()
-    return CaptionTokenizer(str(folder))
+    return made(texts=None, folder=folder)
 
 
-def some_captions(sources: Mapping[str, Any], about: int = 2000) -> list[str]:
+def some_captions(sources: Mapping[str, Any], about: int = 2000) -> Iterator[str]:
     """Cleaned captions and keywords, evenly from every source and language, to train a small tokenizer on."""
     from data.caption import clean_caption
     from data.source import BadSample
 
-    texts = []
     for source, language, index in evenly(sources, about):
         try:
             sample = source.read(language, index)
-            texts += [clean_caption(text, language) for text in (*sample.captions, *sample.keywords)]
         except BadSample:
             continue
-    return texts
+        yield from (clean_caption(text, language) for text in (*sample.captions, *sample.keywords))
 
 
 def build_stage(config: DictConfig, run: Any, codec: Any) -> Any:

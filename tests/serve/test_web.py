@@ -167,20 +167,6 @@ def test_clear_during_an_answer(browser: Browser, server: Live) -> None:
         page.close()
 
 
-def test_behind_a_token_and_an_open_page_does_not_hold_up_the_end(
-    browser: Browser, session: Session, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with live(session, page=True, token="secret") as server:
-        assert httpx.get(server.url, timeout=WAIT).status_code == 401
-        page = opened(browser, server, http_credentials={"username": "anybody", "password": "secret"})
-        page.click("#settings button")
-        set_number(page, "Tokens of an answer", "3")
-        ask(page, "Q")
-        said(page, 1)
-    assert "exceeded" not in capfd.readouterr().err, "uvicorn waits 5 seconds for its tasks, then cancels them"
-    page.close()
-
-
 def test_texts_are_shown_as_they_are(browser: Browser, server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradio takes them for HTML: half of them would be missing, and they could draw forms and ask for addresses."""
     text = 'a<b and c>d &lt; <b>x</b> <img src="/health"> <form action="https://evil.example"><input>'
@@ -348,8 +334,8 @@ def test_a_question_is_no_longer_than_a_requests(
 def test_uploads_without_end_are_refused(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve.web.OnlyWhatIsAsked.__init__.__defaults__", (250,))
     with live(session, page=True) as server:
-        url, file = f"{server.url}/gradio_api/upload", {"files": ("a.png", b"a" * 100)}
-        found = [httpx.post(url, files=file, timeout=WAIT) for _ in range(4)]
+        url, files = f"{server.url}/gradio_api/upload", [("a.png", bytes([n]) * 100) for n in range(4)]
+        found = [httpx.post(url, files={"files": file}, timeout=WAIT) for file in files]
         assert [one.status_code for one in found] == [200, 200, 200, 507] and "as many pictures" in found[-1].text
 
 
@@ -361,3 +347,20 @@ def test_an_upload_of_any_size_is_refused(session: Session) -> None:
             assert found.status_code in statuses, (size, found.text)
         assert httpx.get(f"{server.url}/health", timeout=WAIT).json() == {"status": "ok"}
         assert httpx.get(server.url, timeout=WAIT, headers={"Host": "evil.example"}).status_code == 403
+
+
+# ------- servers of their own, last: Gradio has one folder of uploads a process
+
+
+def test_behind_a_token_and_an_open_page_does_not_hold_up_the_end(
+    browser: Browser, session: Session, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with live(session, page=True, token="secret") as server:
+        assert httpx.get(server.url, timeout=WAIT).status_code == 401
+        page = opened(browser, server, http_credentials={"username": "anybody", "password": "secret"})
+        page.click("#settings button")
+        set_number(page, "Tokens of an answer", "3")
+        ask(page, "Q")
+        said(page, 1)
+    assert "exceeded" not in capfd.readouterr().err, "uvicorn waits 5 seconds for its tasks, then cancels them"
+    page.close()

@@ -87,7 +87,7 @@ def run(tmp_path: Path) -> Path:
     """Resumed after step 4, still going, its last line cut off; evaluated before and after."""
     folder = tmp_path / "runs" / "small"
     config = {
-        "run": {"name": "small", "dir": str(folder)},
+        "run": {"name": "small", "dir": str(folder), "wandb": {"timeout": 150.0}},  # a busy machine starts it slowly
         "train": {"steps": 20, "global_batch_size": 8, "loss": {"itc": {"weight": 0.5}}, "evaluator": {"r": NODE}},
         "model": {"qformer": {"_target_": "model.qformer.QFormer", "hidden_size": 32, "num_layers": 2}},
     }  # fmt: skip
@@ -354,11 +354,12 @@ def test_how_to_read_attention_is_said_once_for_all_runs(run: Path, tmp_path: Pa
     assert html(content).count(told) == 1 and html(content).count("step_6</code>, 4 heads.") == 2
 
 
-def test_pictures_go_to_wandb_under_the_run_s_own_id(run: Path) -> None:
+def test_pictures_go_to_wandb_under_the_run_s_own_id(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("wandb")
     from tests.train.wandb_files import offline_runs
 
     write_report([run], options=Options(attention="no"), wandb="offline")
+    assert "did not finish" not in capsys.readouterr().err
     ((run_id, rows),) = offline_runs(run)
     assert run_id == (run / "wandb/run_id.txt").read_text()
     logged = {key.split("/")[1].split(".")[0] for row in rows for key in row if key.startswith("report/")}

@@ -83,7 +83,7 @@ def test_peaks(name: str, expected: float | None) -> None:
 
 
 def writer(run_dir: Path, **changes: Any) -> WandbWriter:
-    arguments = {"name": "t", "project": "queqiao", "mode": "offline", "timeout": 30.0, "config": {"a": 1}}
+    arguments = {"name": "t", "project": "queqiao", "mode": "offline", "timeout": 150.0, "config": {"a": 1}}
     return WandbWriter(run_dir, **{**arguments, **changes})
 
 
