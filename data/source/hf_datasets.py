@@ -7,16 +7,19 @@ column holds instead of bytes counts like any other: it has to lie below `image_
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from glob import glob
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 from data.source import BadSample
 from data.source.columns import ColumnSource
 
 INSIDE = "#"  # begins a reference to picture n of a row, which no path can be taken for
+DEFAULT_SPLIT = "train"  # what files are whose names tell none, as `datasets` has it
+_SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")  # below data/, where the hub writes splits of any name
 
 
 @dataclass(kw_only=True)
@@ -24,14 +27,15 @@ class HfDataset(ColumnSource):
     """See `ColumnSource`.
 
     Args:
-        path: a folder of `save_to_disk`, a folder or glob of Parquet files, or a hub name.
+        path: a folder of `save_to_disk`, a folder or glob of Parquet files, or a hub name.  Of a folder's files those
+            of `hub_split` are read, by their names (`split_told`); a file or glob of one split is read as it is.
         config: the hub data set's configuration, where it has several.
         hub_split: which of its splits is read.
         cache_dir: where `datasets` keeps what it fetches and converts.
     """
 
     config: str | None = None
-    hub_split: str = "train"
+    hub_split: str = DEFAULT_SPLIT
     cache_dir: str | None = None
     name: str = "hf_datasets"
     _data: Any = field(default=None, init=False, repr=False)
@@ -88,19 +92,39 @@ class HfDataset(ColumnSource):
     def _load(self) -> Any:
         from datasets import DatasetDict, load_dataset, load_from_disk
 
-        wish, cache = os.path.expanduser(str(self.path)), self.cache_dir
-        found = sorted(glob(os.path.join(wish, "*.parquet")) if os.path.isdir(wish) else glob(wish))
-        if os.path.isdir(wish) and not found:
-            data = load_from_disk(wish)
-        elif found:
-            data = load_dataset("parquet", data_files=found, split="train", cache_dir=cache)
+        wish, cache = Path(str(self.path)).expanduser(), self.cache_dir
+        found = parquet_files(wish) if wish.is_dir() else sorted(map(Path, glob(str(wish))))
+        if found:
+            files = [str(file) for file in self._of_split(found, wish)]
+            data = load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
+        elif wish.is_dir():
+            data = load_from_disk(str(wish))
         else:
-            data = load_dataset(wish, self.config, split=self.hub_split, cache_dir=cache)
+            data = load_dataset(str(self.path), self.config, split=self.hub_split, cache_dir=cache)
         if isinstance(data, DatasetDict):
             if self.hub_split not in data:
                 raise ValueError(f"{self.name}: {wish} has no split {self.hub_split!r}; it has {list(data)}")
             data = data[self.hub_split]
         return data
+
+    def _of_split(self, files: Sequence[Path], wish: Path) -> Sequence[Path]:
+        """Those of `hub_split`.  Raises ValueError where there are none, or names that leave it open."""
+        base = wish if wish.is_dir() else Path(os.path.commonpath([file.parent for file in files]))
+        told = {file: split_told(file.relative_to(base)) for file in files}
+        splits = sorted({split for split in told.values() if split is not None})
+        unclear = [file for file, split in told.items() if split is None]
+        if splits and unclear:
+            raise ValueError(
+                f"{self.name}: {unclear[0]} tells no split, others tell {splits}: name the files that are meant by a "
+                f"glob in path"
+            )
+        if not wish.is_dir() and len(splits) < 2:
+            return files
+        wanted = self.hub_split if self.hub_split in splits else split_told(PurePath(self.hub_split)) or self.hub_split
+        found = [file for file, split in told.items() if (split or DEFAULT_SPLIT) == wanted]
+        if not found:
+            raise ValueError(f"{self.name}: {wish} has no split {self.hub_split!r}; it has {splits or [DEFAULT_SPLIT]}")
+        return found
 
     def _undecoded(self, data: Any, column: str) -> Any:
         """The same, with files instead of decoded pictures in the image column."""
@@ -118,3 +142,29 @@ class HfDataset(ColumnSource):
             return data
         plain = Image(decode=False)
         return data.cast_column(column, List(plain) if self._is_list else plain)
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """In the folder, else in its data/, as the hub has it; in both cases also below, in folders that tell a split."""
+    for place in (folder, folder / "data"):
+        inside = (file for file in place.glob("*/*.parquet") if split_told(PurePath(file.parent.name)))
+        found = [file for file in (*place.glob("*.parquet"), *inside) if not file.name.startswith(".")]
+        if found:
+            return sorted(found)
+    return []
+
+
+def split_told(path: PurePath) -> str | None:
+    """The split that names in a relative path tell, by the rules and words of `datasets`; None: none, or several.
+
+    data/NAME-00000-of-00001.parquet is of split NAME; train, dev or eval as a word of the file or of a folder stand for
+    train, validation and test.
+    """
+    from datasets.data_files import SPLIT_KEYWORDS
+
+    shard = _SHARD.match(path.name)
+    if shard and path.parent.name == "data":
+        return shard[1]
+    words = set(re.split(r"[-._ 0-9]+", " ".join(path.parts).lower()))
+    told = [str(split) for split, keywords in SPLIT_KEYWORDS.items() if words & set(keywords)]
+    return told[0] if len(told) == 1 else None

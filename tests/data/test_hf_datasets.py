@@ -57,6 +57,57 @@ def test_pictures_inside(tmp_path: Path, kind: str) -> None:
     assert {grouped.group_of(n, i) for n in grouped.languages for i in range(grouped.num_samples(n))} in ({"p"}, {"q"})
 
 
+SPLITS = {"train": [0, 1], "test": [2], "validation": [1, 2], "train_sft": [0]}  # rows of each
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (("train-00000-of-00001", "test-00000-of-00001"), {"train": "train", "test": "test", "eval": "test"}),
+        (("chest_train.2", "chest val"), {"train": "train", "validation": "validation", "dev": "validation"}),
+        (("data/train-00000-of-00001", "data/train_sft-00000-of-00001"), {"train": "train", "train_sft": "train_sft"}),
+        (("train/0000", "test/0000"), {"train": "train", "test": "test"}),
+        (("data/train/0000", "data/test/0000", "other/train-0"), {"train": "train", "test": "test"}),
+        (("strain", "contrast"), {"train": "train"}),  # words that only hold one
+    ],
+)
+def test_a_folder_gives_the_split_asked_for(tmp_path: Path, files: tuple[str, ...], expected: dict[str, str]) -> None:
+    """A data set cloned from the hub: rows of another split would be trained on without a word."""
+    folder = tmp_path / "test_set"  # what lies above the folder tells nothing
+    for file in files:
+        write_split(folder / f"{file}.parquet", next((s for s in ("train_sft", "test", "val") if s in file), "train"))
+    for hub_split, split in expected.items():
+        assert answers(tmp_path, folder, hub_split=hub_split) == {TEXTS["a"][row] for row in SPLITS[split]}
+    with pytest.raises(ValueError, match=r"test_set has no split 'holdout'; it has \['"):
+        answers(tmp_path, folder, hub_split="holdout")
+
+
+def test_files_that_tell_no_split_among_some_that_do(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    for name in ("train.parquet", "test.parquet"):
+        write_split(folder / name, name.removesuffix(".parquet"))
+    assert answers(tmp_path, folder / "*.parquet") == {"A dog.", "狗。"}  # a glob over several: hub_split
+    assert answers(tmp_path, folder / "te*.parquet") == answers(tmp_path, folder / "test.parquet") == {"So."}
+    for name in ("more.parquet", "train_and_test.parquet"):
+        write_split(folder / name, "train")
+        with pytest.raises(ValueError, match=rf"{name} tells no split, others tell \['test', 'train'\]: name"):
+            answers(tmp_path, folder)
+        (folder / name).unlink()
+
+
+def write_split(file: Path, split: str) -> None:
+    from datasets import Value
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    rows_of = SPLITS["validation" if split == "val" else split]
+    dataset([None] * 3, Value("string")).select(rows_of).to_parquet(file)
+
+
+def answers(tmp_path: Path, path: Path, **options: Any) -> set[str]:
+    source = HfDataset(path=str(path), columns=COLUMNS, cache_dir=str(tmp_path / "cache"), **options)
+    return {dialogue.turns[0].answer for _, dialogue in rows(source)}
+
+
 def test_several_pictures_a_row_and_turns(tmp_path: Path) -> None:
     from datasets import Dataset, Features, Image, List, Value
 
