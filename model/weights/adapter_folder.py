@@ -12,6 +12,7 @@ The language model's adapter has the names and rows of its family's Hugging Face
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from model.visual_chat import VisualChatModel
 from model.weights.checkpoint import open_file
 from model.weights.filling import LoadReport, Part, fill
 
+log = logging.getLogger(__name__)
+
 WEIGHTS, CONFIG, TRAINED, ABOUT = (
     "adapter_model.safetensors",
     "adapter_config.json",
@@ -31,6 +34,12 @@ WEIGHTS, CONFIG, TRAINED, ABOUT = (
     "queqiao.json",
 )
 _PEFT = "base_model.model."  # what a PeftModel puts before the names of what it wraps
+_WORDS = {
+    "language_model": "language model",
+    "template": "prompt template",
+    "num_image_tokens": "number of image tokens",
+    "qkv_order": "query-key-value rows",
+}
 _ROOTS = {"llm": "llm.network", "qformer": "qformer", "vision": "vision.network"}
 
 
@@ -53,14 +62,10 @@ def save(model: VisualChatModel, trained: Mapping[str, Tensor], folder: Path, *,
         parts[part] = "." if part == "llm" else part
     if left:
         save_file({name: tensor.contiguous() for name, tensor in left.items()}, folder / TRAINED)
-    codec = model.llm.codec
     about = {
         "format": 1,
         "base_model": base_model,
-        "language_model": type(model.llm).__name__,
-        "template": None if codec is None else type(codec).__name__,
-        "num_image_tokens": None if codec is None else codec.num_image_tokens,
-        "qkv_order": qkv_order(model),
+        **_kind(model),
         "quantised": "nf4" if getattr(model.llm.network, "is_loaded_in_4bit", False) else None,
         "adapters": parts,
         "trained": {"file": TRAINED, "parts": sorted({name.split(".")[0] for name in left})} if left else None,
@@ -75,12 +80,11 @@ def load(model: VisualChatModel, folder: Path) -> LoadReport:
     Args:
         folder: from `save`, or any of peft's that was made for the bare language model.
     Raises:
-        ValueError: no adapter there, one for other rows, names or shapes.
+        ValueError: no adapter there, one for another family, prompt, rows, names or shapes.
     """
     about = read_about(folder)
-    told = about.get("qkv_order")
-    if told is not None and told != qkv_order(model):
-        raise ValueError(f"{folder} was made for query-key-value rows {told!r}, this model has {qkv_order(model)!r}")
+    _check_kind(model, about, folder)
+    warn_of_other_base(about, model.llm.loaded_from, folder)
     report = LoadReport(str(folder))
     for part, place in about["adapters"].items():
         _load_peft(model, part, folder / place, report)
@@ -105,6 +109,13 @@ def read_about(folder: Path) -> dict[str, Any]:
     return {"adapters": {"llm": "."}}
 
 
+def warn_of_other_base(about: Mapping[str, Any], base: str | Path | None, folder: Path) -> None:
+    """Another path may hold other weights of equal shapes, or the same ones moved: only people know."""
+    told = about.get("base_model")
+    if told and base and Path(told).expanduser().resolve() != Path(base).expanduser().resolve():
+        log.warning("%s was trained on %s and is put on %s: wrong, unless that is the same, moved", folder, told, base)
+
+
 def adapted(model: VisualChatModel) -> dict[str, Any]:
     """part -> peft's config of the adapter that sits there"""
     found = {part: getattr(model.get_submodule(root), "peft_config", None) for part, root in _ROOTS.items()}
@@ -116,6 +127,29 @@ def qkv_order(model: VisualChatModel) -> str:
     """`per_head` where query, key and value share one map (ChatGLM-6B), `separate` where each has its own."""
     joint = any(name.endswith("query_key_value") for name, _ in model.llm.network.named_modules())
     return "per_head" if joint else "separate"
+
+
+def _kind(model: VisualChatModel) -> dict[str, Any]:
+    """What a model has to have in common with the one that an adapter was trained on, by its names in queqiao.json."""
+    codec = model.llm.codec
+    return {
+        "language_model": type(model.llm).__name__,
+        "template": None if codec is None else type(codec).__name__,
+        "num_image_tokens": None if codec is None else codec.num_image_tokens,
+        "qkv_order": qkv_order(model),
+    }
+
+
+def _check_kind(model: VisualChatModel, about: Mapping[str, Any], folder: Path) -> None:
+    """Equal names and shapes are not enough: ChatGLM2's fit ChatGLM3.  What peft alone wrote says nothing of these."""
+    differing = [
+        f"{_WORDS[key]} {about[key]!r}, this model has {own!r}"
+        for key, own in _kind(model).items()
+        if own is not None and about.get(key) not in (None, own)
+    ]
+    if differing:
+        base = f" (it was trained on {about['base_model']})" if about.get("base_model") else ""
+        raise ValueError(f"{folder} was made for {'; for '.join(differing)}{base}")
 
 
 def _belongs(name: str, prefix: str, part: str) -> bool:

@@ -78,7 +78,7 @@ def merged(
 ) -> Checkpoint:
     """`base` (a Hugging Face folder) with the adapter in it, each tensor worked out when it is asked for.
 
-    Projection, Q-Former and `ln_vision` that trained beside the adapter replace VisualGLM's where the base is VisualGLM.
+    Projection, Q-Former and `ln_vision` that trained beside it replace VisualGLM's where the base is VisualGLM.
 
     Args:
         qkv_order: of the base's `query_key_value`, where it has one; None where `conversion.json` tells.
@@ -95,6 +95,7 @@ def merged(
         raise ValueError(
             f"{base} is SAT's folder: python scripts/convert_weights.py visualglm {base} TARGET --to huggingface ..."
         )
+    adapter_folder.warn_of_other_base(about, base, adapter)
     checkpoint, config = open_folder(base), read_config(base)
     updates = read_updates(adapter) if "llm" in about["adapters"] else {}
     _check(checkpoint, updates, base)

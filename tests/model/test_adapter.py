@@ -16,6 +16,7 @@ from model.visual_chat import VisualChatModel
 from model.weights import adapter_folder
 from model.weights.checkpoint import from_tensors
 from model.weights.filling import Part, fill
+from tests.model.glm_common import small_glm, train_sentencepieces, visual_chat
 from tests.tiny_chat import batch_of, tiny_chat, train_pieces
 
 CPU = torch.device("cpu")
@@ -174,6 +175,42 @@ def test_adapters_that_do_not_fit_are_refused(pieces: Path, tmp_path: Path) -> N
     (folder / "queqiao.json").write_text(json.dumps({**about, "qkv_order": "blocks"}))
     with pytest.raises(ValueError, match="rows 'blocks', this model has 'per_head'"):
         adapter_folder.load(chat(pieces), folder)
+
+
+def test_an_adapter_of_another_family_is_refused_though_its_shapes_fit(tmp_path: Path) -> None:
+    """ChatGLM2 and ChatGLM3 have the same names and shapes, and other prompts and weights."""
+    tokenizer = train_sentencepieces(tmp_path / "tokenizer.model")
+    model = visual_chat(small_glm("chatglm2", tokenizer))
+    Lora(rank=2).attach(model, device=CPU)
+    folder = adapter_folder.save(model, learnt(model), tmp_path / "adapter", base_model="weights/chatglm2-6b")
+    expected = "for prompt template 'ChatGLM2Codec', this model has 'ChatGLM3Codec' .it was trained on weights/chatglm2"
+    with pytest.raises(ValueError, match=expected):
+        adapter_folder.load(visual_chat(small_glm("chatglm3", tokenizer)), folder)
+    about = json.loads((folder / "queqiao.json").read_text())
+    for change, expected in (
+        ({"num_image_tokens": 32}, "for number of image tokens 32, this model has 5"),
+        ({"language_model": "ChatGLM"}, "for language model 'ChatGLM', this model has 'Glm'"),
+    ):
+        (folder / "queqiao.json").write_text(json.dumps({**about, **change}))
+        with pytest.raises(ValueError, match=expected):
+            adapter_folder.load(visual_chat(small_glm("chatglm2", tokenizer)), folder)
+    (folder / "queqiao.json").unlink()  # peft alone says nothing of these
+    again = visual_chat(small_glm("chatglm2", tokenizer))
+    assert len(adapter_folder.load(again, folder).loaded) == len([n for n in trained_names(model) if "lora_" in n])
+
+
+def test_another_base_is_said_and_a_moved_one_may_be_right(
+    pieces: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = adapted(pieces, Lora(rank=2))
+    folder = adapter_folder.save(model, learnt(model), tmp_path / "adapter", base_model=str(tmp_path / "run/llm"))
+    for place, warns in ((None, False), (tmp_path / "x/../run/llm", False), (tmp_path / "moved/llm", True)):
+        caplog.clear()
+        again = chat(pieces)
+        again.llm.loaded_from = None if place is None else str(place)
+        adapter_folder.load(again, folder)
+        expected = [f"{folder} was trained on {tmp_path}/run/llm and is put on {place}: wrong, unless that is the same"]
+        assert [record.getMessage()[: len(expected[0])] for record in caplog.records] == expected * warns
 
 
 # ----------------------------------------------------------------------------------------------------------- 4 bits

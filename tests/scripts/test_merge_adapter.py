@@ -131,12 +131,18 @@ def test_the_command_in_bfloat16_and_rows_in_blocks(pieces: Path, tmp_path: Path
     assert (other - expected).abs().max() > 4 * rounding, "the order of the rows matters"
 
 
-def test_a_whole_visualglm_takes_projection_and_qformer_too(pieces: Path, tmp_path: Path) -> None:
+def test_a_whole_visualglm_takes_projection_and_qformer_too(
+    pieces: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = chat(pieces)
     config = chatglm_config(SIZES, codec_of(whole.llm), 0.0)  # type: ignore[arg-type]
     base = chatglm_folder.write(whole, tmp_path / "base", config, qkv_order="blocks")
-    expected = logits(trained(pieces, "lora", tmp_path / "adapter"))
+    expected = logits(trained(pieces, "lora", tmp_path / "adapter", base_model="elsewhere"))
+    caplog.clear()
     checkpoint = merging.merged(base, tmp_path / "adapter", qkv_order="blocks", dtype=None)
+    assert [r.getMessage().partition(": ")[0] for r in caplog.records] == [
+        f"{tmp_path / 'adapter'} was trained on elsewhere and is put on {base}"
+    ]
     assert not merging.left_over(base, tmp_path / "adapter")
     merged = {name: checkpoint.read(name) for name in checkpoint.shapes}
     changed = {n for n, t in merged.items() if not torch.equal(t, open_folder(base).read(n))}
