@@ -47,12 +47,15 @@ class HfDataset(ColumnSource):
             missing.append(self.group)
         if missing:
             raise ValueError(f"{self.name}: {self.path} has no column {missing}; it has {self._data.column_names}")
+        used = {*self.map.values(), self.group, "language"}
+        # reading a row decodes every picture in it, a mask that nobody asked for as well
+        self._data = self._data.select_columns([column for column in self._data.column_names if column in used])
         if "image" in self.map:
             self._data = self._undecoded(self._data, self.map["image"])
         return [Path(str(self.path))]
 
     def rows(self, file: Path) -> Iterator[tuple[int, object]]:
-        """Rows from 1, a reference in place of each picture: no picture is read.  A null is a row of text alone."""
+        """Rows from 1, a reference in place of each picture: none is read.  A null is a row of text alone."""
         if "image" not in self.map or not self._holds_pictures:
             yield from enumerate(self._data, start=1)
             return

@@ -108,6 +108,33 @@ def answers(tmp_path: Path, path: Path, **options: Any) -> set[str]:
     return {dialogue.turns[0].answer for _, dialogue in rows(source)}
 
 
+@pytest.mark.parametrize("kind", ["parquet", "folder"])
+@pytest.mark.parametrize("columns", [COLUMNS, {"question": "q", "answer": "a"}])
+def test_no_picture_is_decoded_by_the_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, columns: dict[str, str]
+) -> None:
+    """Nor read, where it stands in a column that the map leaves out."""
+    from datasets import Dataset, Features, Image, Value
+
+    files = [{"bytes": jpeg(n), "path": None} for n in range(3)]
+    named = {"picture": files, "mask": [{"bytes": b"broken", "path": None}] * 3, "language": ["fr", "en", "fr"]}
+    pictures = {"picture": Image(), "mask": Image(), "language": Value("string")}
+    features = Features({**{name: Value("string") for name in TEXTS}, **pictures})
+    data = Dataset.from_dict({**TEXTS, **named}, features=features)
+    (tmp_path / "set").mkdir()
+    data.save_to_disk(tmp_path / "set") if kind == "folder" else data.to_parquet(tmp_path / "set" / "a.parquet")
+    decoded: list[Any] = []
+    monkeypatch.setattr(Image, "decode_example", lambda self, value, **_: decoded.append(value))
+    parts: list[dict[str, Any]] = [{}, {"split": "1/1", "part": "test", "group": "patient"}]
+    for part in parts:
+        source = HfDataset(path=str(tmp_path / "set"), columns=columns, cache_dir=str(tmp_path / "cache"), **part)
+        assert set(source.languages) <= {"en", "fr"}  # the row's own field, which no map has to name
+        for language in source.languages:
+            images = source.read(language, 0).images
+            assert len(images) == ("image" in columns) and all(isinstance(image, bytes) for image in images)
+    assert not decoded
+
+
 def test_several_pictures_a_row_and_turns(tmp_path: Path) -> None:
     from datasets import Dataset, Features, Image, List, Value
 
