@@ -22,6 +22,18 @@ _INDEXED = (
 )
 
 
+class Config(dict[str, Any]):
+    """What a JSON file holds: a key that is asked for and not there is a fault of the file, whose name it carries."""
+
+    def __init__(self, content: Mapping[str, Any], place: str) -> None:
+        inner = {key: Config(value, f"{place}, {key}") for key, value in content.items() if isinstance(value, dict)}
+        super().__init__({**content, **inner})
+        self.place = place
+
+    def __missing__(self, key: str) -> Any:
+        raise ValueError(f"{self.place} has no {key}")
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """`shapes` says what is there; `read(name)` fetches one tensor, from disk only then."""
@@ -94,13 +106,23 @@ def _open_shards(path: Path, index: str) -> Checkpoint:
     return Checkpoint(str(path), shapes, lambda name: shards[weight_map[name]].read(name))
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> Config:
     """`config.json` of a transformers folder."""
     file = path / "config.json"
     if not file.is_file():
         raise ValueError(f"{path} is no checkpoint folder of transformers: it has no config.json")
-    config: dict[str, Any] = json.loads(file.read_text("utf-8"))
-    return config
+    return read_json(file)
+
+
+def read_json(file: Path) -> Config:
+    """Raises ValueError where it is no JSON, or not names with values."""
+    try:
+        content = json.loads(file.read_text("utf-8"))
+    except ValueError as error:  # a UnicodeDecodeError is one too
+        raise ValueError(f"{file} is no readable JSON, perhaps cut short ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}; expected names with values ({{...}})")
+    return Config(content, str(file))
 
 
 def _open_safetensors(path: Path) -> Checkpoint:

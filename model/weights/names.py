@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -65,6 +65,35 @@ def check_depth(checkpoint: Checkpoint, prefix: str, num_layers: int, what: str,
     return theirs
 
 
+def check_whole(
+    checkpoint: Checkpoint, expected: Mapping[str, tuple[int, ...]], *, computed: Callable[[str], bool]
+) -> None:
+    """That every tensor of a model is there, in its shape, and no other.
+
+    Args:
+        expected: the shapes by the config beside the weights.
+        computed: which other names may be there: tables that are no weights.
+    Raises:
+        ValueError: what is missing, unexpected or of another shape, by name.
+    """
+    shapes = checkpoint.shapes
+    kinds = {
+        "missing": [name for name in expected if name not in shapes],
+        "unexpected": [name for name in shapes if name not in expected and not computed(name)],
+        "of another shape": [
+            f"{name} is {list(shapes[name])}, not {list(shape)}"
+            for name, shape in expected.items()
+            if shapes.get(name, shape) != shape
+        ],
+    }
+    faults = [f"{len(found)} {kind} ({_listed(found)})" for kind, found in kinds.items() if found]
+    if faults:
+        raise ValueError(
+            f"{checkpoint.path} does not hold the model of its config, by names and shapes: {'; '.join(faults)}. Is it "
+            f"another model's config, a file cut short, quantised weights, or a model with parts added (P-tuning)?"
+        )
+
+
 def set_ln_vision_eps(model: nn.Module, eps: float, report: LoadReport) -> None:
     norm = model.get_submodule("ln_vision")
     assert isinstance(norm, nn.LayerNorm)
@@ -77,6 +106,10 @@ def check_equal(path: str, found: Any, ours: Any, there: str, here: str) -> None
     """Numbers that no shape shows, such as the count of heads."""
     if found is not None and found != ours:
         raise ValueError(f"{path} has {there} {found}, the model has {here} {ours}: they must be equal")
+
+
+def _listed(found: list[str], most: int = 12) -> str:
+    return ", ".join(found[:most] + ["..."] * (len(found) > most))
 
 
 def _is_blip2(network: Any) -> bool:

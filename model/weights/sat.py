@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from model.weights import sat_lora, visualglm
-from model.weights.checkpoint import Checkpoint, from_tensors
+from model.weights.checkpoint import Checkpoint, Config, from_tensors, read_json
 from model.weights.filling import LoadReport
 from model.weights.visualglm import Entry, QkvOrder, Shape
 
@@ -27,7 +27,7 @@ INV_FREQ = "mixins.chatglm-attn.rotary_emb.inv_freq"
 PAD_ID = 3  # what SAT's ChatGLM has meant since its checkpoints name it; older ones do not
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Config:
     """`model_config.json`, with what older ones leave out filled in.
 
     Raises:
@@ -36,7 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / "model_config.json"
     if not file.is_file():
         raise ValueError(f"{folder} is no checkpoint of SwissArmyTransformer: it has no model_config.json")
-    config: dict[str, Any] = json.loads(file.read_text("utf-8"))
+    config = read_json(file)
     missing = [key for key in ("hidden_size", "eva_args", "qformer_args", "bos_token_id") if key not in config]
     if missing:
         raise ValueError(f"{file} is of {config.get('model_class', 'some model')}, not of VisualGLM: no {missing}")
@@ -45,6 +45,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{file}: model_parallel_size is {config['model_parallel_size']}; merge the parts with SAT first "
             f"(from_pretrained with overwrite_args={{'model_parallel_size': 1}})"
         )
+    return with_defaults(config)
+
+
+def with_defaults(config: Config) -> Config:
+    """The same config with SAT's own values where it names none."""
     config.setdefault("pad_token_id", PAD_ID)
     for part in (config, config["eva_args"], config["qformer_args"]):
         part["inner_hidden_size"] = part.get("inner_hidden_size") or 4 * part["hidden_size"]

@@ -24,6 +24,7 @@ from model.weights.names import ENCODER, QUERIES
 from model.weights.rows import head_by_head, in_blocks
 
 QkvOrder = Literal["blocks", "per_head"]
+Sizes = Mapping[str, Mapping[str, Any]]  # of vision, qformer and llm, as `sat.sizes` gives them
 LANGUAGE_MODEL, PROJECTION, LN_VISION = "language model", "projection", "ln_vision"
 RECORD = "conversion.json"
 FIRST_QKV = "transformer.layers.0.attention.query_key_value.weight"
@@ -72,6 +73,12 @@ class Shape:
         return cls(len(layers), looking, len(llm.layers), llm.num_heads)
 
     @classmethod
+    def of_sizes(cls, sizes: Sizes) -> Shape:
+        qformer, llm = sizes["qformer"], sizes["llm"]
+        looking = tuple(index % qformer["cross_attention_frequency"] == 0 for index in range(qformer["num_layers"]))
+        return cls(sizes["vision"]["num_layers"], looking, llm["num_layers"], llm["num_heads"])
+
+    @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint, image_prefix: str, num_heads: int) -> Shape:
         def layers(prefix: str) -> set[int]:
             found = (re.match(re.escape(prefix) + r"layers\.(\d+)\.", name) for name in checkpoint.shapes)
@@ -99,6 +106,37 @@ def entries(shape: Shape, *, image_prefix: str, head: str) -> Iterator[Entry]:
     yield from _qformer(shape.looking, f"{image_prefix}qformer.transformer.")
     yield from _pair("projection", f"{image_prefix}glm_proj", PROJECTION)
     yield from _language_model(shape.llm_layers, shape.num_heads, head)
+
+
+def shape_there(entry: Entry, sizes: Sizes) -> tuple[int, ...]:
+    """The shape that a tensor of the table has in a model of these sizes; the layers of all three parts are alike."""
+    vision, qformer, llm = sizes["vision"], sizes["qformer"], sizes["llm"]
+    encoder = (vision["width"], vision["mlp_width"], 1)  # one "word": the class token
+    queries = (qformer["hidden_size"], qformer["intermediate_size"], qformer["num_query_tokens"])
+    width, inner, num_words = {
+        ENCODER: encoder,
+        LN_VISION: encoder,
+        QUERIES: queries,
+        PROJECTION: queries,
+        LANGUAGE_MODEL: (llm["hidden_size"], llm["inner_size"], llm["vocab_size"]),
+    }[entry.block]
+    patch = vision["patch_size"]
+    weights = {
+        "word_embeddings": (num_words, width),
+        "position_embeddings": (1 + (vision["image_size"] // patch) ** 2, width),
+        "patch_embedding.proj": (width, 3, patch, patch),
+        "attention.query_key_value": (3 * width, width),
+        "cross_attention.query": (width, width),
+        "cross_attention.key_value": (2 * width, qformer["image_width"]),
+        "attention.dense": (width, width),
+        "mlp.dense_h_to_4h": (inner, width),
+        "mlp.dense_4h_to_h": (width, inner),
+        "glm_proj": (llm["hidden_size"], width),
+        "lm_head": (num_words, width),
+    }
+    module, _, kind = entry.theirs.rpartition(".")
+    weight = next((shape for end, shape in weights.items() if module.endswith(end)), (width,))  # else a norm
+    return weight if kind == "weight" else weight[:1]
 
 
 def in_our_names(checkpoint: Checkpoint, table: list[Entry], model: nn.Module, order: QkvOrder) -> Checkpoint:

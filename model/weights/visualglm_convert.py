@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from model.weights import chatglm_folder, sat, visualglm, writing
-from model.weights.checkpoint import Checkpoint, open_folder
+from model.weights import chatglm_folder, names, sat, visualglm, writing
+from model.weights.checkpoint import Checkpoint, Config, open_folder
 from model.weights.checkpoint import read_config as read_huggingface_config
 from model.weights.visualglm import RECORD, Entry, QkvOrder, Shape
 
@@ -35,6 +35,8 @@ _SAME_KEYS = {  # SAT's model_config.json <-> Hugging Face's config.json
     "eva_args": "eva_config",
     "qformer_args": "qformer_config",
 }
+_FREQUENCIES = ".rotary_emb.inv_freq"  # SAT's once, Hugging Face's in every layer
+_OLD_POSITIONS = "transformer.position_embeddings.weight"  # of SAT before it left out what ChatGLM does not use
 _COMES_ALONG = ("ice_text.model", "tokenizer_config.json", "LICENSE*", "MODEL_LICENSE*")
 
 
@@ -64,11 +66,15 @@ def convert(
         target_order: blocks for SAT 0.4.1 and later, per_head for Hugging Face, unless another is asked for.
         leave_lora: take the base alone of a SAT checkpoint with a LoRA.
     Raises:
-        ValueError: a target that is not empty, missing tensors, or an order that nobody names.
+        ValueError: a target that is not empty, an order that nobody names, or tensors that are missing, unexpected or
+            of another shape than the config says, by name.
     """
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target} is not empty: nothing was written")
-    checkpoint, config = _open(source, leave_lora)
+    layout, config = layout_of(source), read_config(source)
+    checkpoint = sat.open_folder(source, leave_lora=leave_lora) if layout == "sat" else open_folder(source)
+    sizes = sat.sizes(config)
+    _check(checkpoint, layout, sizes)
     order = visualglm.resolve_order(
         checkpoint,
         qkv_order,
@@ -77,7 +83,7 @@ def convert(
         recorded=visualglm.recorded_order(source),
     )
     new_order = target_order or USUAL_ORDER[to]
-    converted = renamed(checkpoint, layout_of(source), order, to, new_order, config["num_attention_heads"])
+    converted = renamed(checkpoint, Shape.of_sizes(sizes), (layout, order), (to, new_order))
     metadata = {"source": str(source), "qkv_order": new_order, "source_qkv_order": order}
     if to == "huggingface":
         writing.write_folder(converted, target, max_shard_bytes=max_shard_bytes, metadata=metadata)
@@ -91,30 +97,24 @@ def convert(
 
 
 def renamed(
-    checkpoint: Checkpoint, layout: Layout, order: QkvOrder, to: Layout, new_order: QkvOrder, num_heads: int
+    checkpoint: Checkpoint, shape: Shape, there: tuple[Layout, QkvOrder], here: tuple[Layout, QkvOrder]
 ) -> Checkpoint:
-    """The same tensors under the other layout's names and in the other order, each read when it is asked for."""
-    shape = Shape.of_checkpoint(checkpoint, _module(layout).IMAGE_PREFIX, num_heads)
-    pairs = list(zip(_table(shape, layout), _table(shape, to), strict=True))
-    missing = [there.theirs for there, _ in pairs if there.theirs not in checkpoint.shapes]
-    if missing or not shape.llm_layers or not shape.vision_layers:
-        raise ValueError(
-            f"{checkpoint.path} is not a whole VisualGLM: {shape.llm_layers} layers of the language model, "
-            f"{shape.vision_layers} of the encoder, {len(missing)} tensors missing (first: {missing[:1]})"
-        )
-    where = {here.theirs: (there, here) for there, here in pairs}
+    """A whole VisualGLM under the other layout's names, in the other order, each tensor read when it is asked for."""
+    (layout, order), (to, new_order) = there, here
+    pairs = zip(_table(shape, layout), _table(shape, to), strict=True)
+    where = {new.theirs: (old, new) for old, new in pairs}
 
     def read(name: str) -> Tensor:
-        there, here = where[name]
-        tensor = checkpoint.read(there.theirs)
-        if there.num_heads is None or order == new_order:
+        old, new = where[name]
+        tensor = checkpoint.read(old.theirs)
+        if old.num_heads is None or order == new_order:
             return tensor
-        return here.to_theirs([torch.cat(there.to_ours(tensor, order))], new_order)
+        return new.to_theirs([torch.cat(old.to_ours(tensor, order))], new_order)
 
     return Checkpoint(checkpoint.path, {new: checkpoint.shapes[old.theirs] for new, (old, _) in where.items()}, read)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> Config:
     """In SAT's keys, of either layout.
 
     Raises:
@@ -127,13 +127,23 @@ def read_config(folder: Path) -> dict[str, Any]:
     missing = [key for key in ("eva_config", "qformer_config", "image_length") if key not in config]
     if missing:
         raise ValueError(f"{folder}/config.json is not VisualGLM's: it has no {', '.join(missing)}")
-    return {ours: config[theirs] for ours, theirs in _SAME_KEYS.items() if theirs in config}
+    in_sats_keys = {ours: config[theirs] for ours, theirs in _SAME_KEYS.items() if theirs in config}
+    return sat.with_defaults(Config(in_sats_keys, config.place))
 
 
-def _open(source: Path, leave_lora: bool) -> tuple[Checkpoint, dict[str, Any]]:
-    config = read_config(source)
-    is_sat = layout_of(source) == "sat"
-    return sat.open_folder(source, leave_lora=leave_lora) if is_sat else open_folder(source), config
+def _check(checkpoint: Checkpoint, layout: Layout, sizes: visualglm.Sizes) -> None:
+    width, num_heads = sizes["llm"]["hidden_size"], sizes["llm"]["num_heads"]
+    if width % num_heads:
+        raise ValueError(
+            f"the config in {checkpoint.path} has num_attention_heads {num_heads}, which does not divide hidden_size "
+            f"{width}"
+        )
+    expected = {entry.theirs: visualglm.shape_there(entry, sizes) for entry in _table(Shape.of_sizes(sizes), layout)}
+    # the number of heads is in the shape of no weight, but in that of the table of frequencies
+    num_frequencies = len(range(0, width // num_heads // 2, 2))
+    tables = [name for name in checkpoint.shapes if name.endswith(_FREQUENCIES)]
+    expected |= dict.fromkeys(tables, (num_frequencies,))
+    names.check_whole(checkpoint, expected, computed=lambda name: name == _OLD_POSITIONS)
 
 
 def _config(config: Mapping[str, Any], to: Layout) -> dict[str, Any]:
