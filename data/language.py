@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+
+from data.batch import Turn
 
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 _LATIN = re.compile("[A-Za-z]")
 LETTERS_PER_WORD = 4  # a Chinese character carries about as much as that many Latin letters
+
+
+def language_of_turns(turns: Sequence[Turn]) -> str:
+    """Of a conversation: its last question's, since whoever is asked sees no answer; its answer's where nothing is asked."""
+    last = turns[-1]
+    return language_of(last.question if last.question.strip() else last.answer)
 
 
 def language_of(text: str) -> str:

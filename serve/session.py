@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data.batch import Dialogue, DialogueBatch, DialogueCodec, EncodedDialogue, Turn
 from data.decode import MAX_PIXELS
-from data.language import language_of
+from data.language import language_of_turns
 from data.source import BadSample
 from data.transform import EvalTransform
 from model.generation import Decoding, GrowingText
@@ -226,7 +226,7 @@ class Session:
             raise ValueError("the question is empty")
         if language not in (None, *LANGUAGES):
             raise ValueError(f"language is {language!r}; it can be {' or '.join(LANGUAGES)}")
-        dialogue = Dialogue(tuple(turns), language or language_of(question))
+        dialogue = Dialogue(tuple(turns), language or language_of_turns(turns))
         if dialogue.num_images != len(pictures):
             raise ValueError(f"{len(pictures)} pictures for {dialogue.num_images} places in the conversation")
         kept_for_answer = min(decoding.max_new_tokens, self.max_tokens // 2)

@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data.batch import Dialogue, Turn
-from data.language import language_of
+from data.language import language_of_turns
 from data.picture_files import NUM_PROBED, check_reference, probe, read_below
 from data.records import Malformed, as_object, files_of, read_rows
 from data.source import BadSample, RawDialogue
@@ -241,7 +241,7 @@ class ConversationSource:
     def _language(self, row: Mapping[str, Any], found: Conversation) -> str:
         told = self.language or found.language or row.get("language")
         if told is None:
-            return language_of(" ".join(f"{turn.question} {turn.answer}" for turn in found.turns))
+            return language_of_turns(found.turns)
         if not isinstance(told, str) or not told:
             raise Malformed("language", "a language like zh or en", told)
         return told

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from data.batch import Dialogue, Turn
+from data.source.visualglm_json import VisualGLMJson
 from model.generation import Decoding
 from serve.punctuation import restores_punctuation, settled, with_full_width
 from serve.session import Answer, Exchange, Session
@@ -296,3 +297,24 @@ def test_punctuation_does_not_change_once_it_is_shown(session: Session, monkeypa
         texts.append(running._answers[0].text)
     assert texts[-1] == "fox，狐狸，red,ok!" and "fox," not in texts
     assert all(after.startswith(before) for before, after in itertools.pairwise(texts))
+
+
+def test_a_question_has_the_template_it_was_trained_with_whatever_language_its_answer_is_in(
+    session: Session, tmp_path: Path
+) -> None:
+    """A Chinese question about an English report, as translated and published sets have them."""
+    rows = [
+        {"prompt": "这张胸片有什么？", "label": "The cardiac silhouette is normal in size."},
+        {"prompt": "Describe this chest X-ray.", "label": "心影不大，双肺未见实变影，双侧肋膈角锐利。"},
+        {"prompt": "CT?", "label": "双肺未见实变"},
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), "utf-8")
+    source = VisualGLMJson(path=str(tmp_path / "rows.json"))
+    trained = {d.turns[0].question: d for lang in source.languages for i in range(source.num_samples(lang))
+               for d in source.dialogues(lang, i)}  # fmt: skip
+    assert {question: dialogue.language for question, dialogue in trained.items()} == {
+        row["prompt"]: language for row, language in zip(rows, ("zh", "en", "en"), strict=True)
+    }
+    for question, dialogue in trained.items():
+        asked = session.ask(None, question).encoded.ids
+        assert session.codec.encode(dialogue).ids[: len(asked)] == asked
