@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from model.llm.glm import glm_config, tie
 from model.weights import writing
-from model.weights.checkpoint import Checkpoint, open_folder, read_config
+from model.weights.checkpoint import Checkpoint, from_tensors, open_folder, read_config
 from model.weights.filling import LoadReport, Part, fill
-from model.weights.names import check_depth, check_equal
+from model.weights.names import check_depth, check_equal, check_whole
 from model.weights.visualglm import LANGUAGE_MODEL
 
 Family = Literal["chatglm2", "chatglm3", "glm4"]
@@ -138,7 +138,7 @@ def to_transformers(checkpoint: Checkpoint, config: Any) -> Checkpoint:
     Raises:
         ValueError: layers that `config` does not have, or a joint tensor of other rows.
     """
-    if any(name.startswith(_LAYERS["transformers"]) for name in checkpoint.shapes):
+    if _layout_of(checkpoint) == "transformers":
         check_depth(checkpoint, _LAYERS["transformers"], config.num_hidden_layers, "language model")
         return checkpoint
     check_depth(checkpoint, _LAYERS["original"], config.num_hidden_layers, "language model")
@@ -219,15 +219,15 @@ def convert(
     does not; a transformers folder is one that `GlmForCausalLM.from_pretrained` reads.
 
     Raises:
-        ValueError: a target that is not empty, another model, or tensors that are missing.
+        ValueError: a target that is not empty, another model, or tensors that are missing, unexpected or of another
+            shape than the config says, by name.
     """
     config_there = read_config(source)
     config = _full_config(config_there, family)
-    checkpoint = to_transformers(open_folder(source), config)
+    stored = open_folder(source)
+    _check_whole(stored, config)
+    checkpoint = to_transformers(stored, config)
     wanted = [name for entry in entries(config) for name in entry.ours]
-    missing = [name for name in wanted if name not in checkpoint.shapes]
-    if missing:
-        raise ValueError(f"{source} lacks {len(missing)} tensors of a GLM of its config.json (first: {missing[0]})")
     checkpoint = Checkpoint(checkpoint.path, {name: checkpoint.shapes[name] for name in wanted}, checkpoint.read)
     if layout == "original":
         checkpoint = to_original(checkpoint, config)
@@ -239,6 +239,30 @@ def convert(
         writing.write_json(target / "config.json", original_config(config))
     writing.copy_files(source, target, _COMES_ALONG)
     return target
+
+
+def _layout_of(checkpoint: Checkpoint) -> Layout:
+    theirs = any(name.startswith(_LAYERS["transformers"]) for name in checkpoint.shapes)
+    return "transformers" if theirs else "original"
+
+
+def _check_whole(checkpoint: Checkpoint, config: Any) -> None:
+    """Against the names and shapes of transformers' own network, built without memory."""
+    from transformers import GlmForCausalLM
+
+    with torch.device("meta"):
+        network = GlmForCausalLM(config)
+    expected = from_tensors({name: parameter.detach() for name, parameter in network.named_parameters()})
+    words, head = "model.embed_tokens.weight", "lm_head.weight"
+    if _layout_of(checkpoint) == "original":
+        expected = to_original(expected, config)
+        words, head = "transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"
+    # torch saves a shared tensor under both of its names
+    is_copy = config.tie_word_embeddings and {words, head} <= checkpoint.shapes.keys()
+    is_copy = is_copy and torch.equal(checkpoint.read(words), checkpoint.read(head))
+    check_whole(
+        checkpoint, expected.shapes, computed=lambda name: name.endswith("inv_freq") or (is_copy and name == head)
+    )
 
 
 def _check(path: str, theirs: Mapping[str, Any], config: Any) -> None:

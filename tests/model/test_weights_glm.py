@@ -339,3 +339,67 @@ def test_configurations_of_transformers_older_and_newer() -> None:
 def test_a_ratio_means_two_things() -> None:
     with pytest.raises(ValueError, match="rope_ratio=4"):
         glm.sizes({**CONFIG, "rope_ratio": 4})
+
+
+# ------------------------------------------------------------------------------------- what a conversion does not write
+
+MLP, JOINT_BIAS = "mlp.dense_h_to_4h.weight", "self_attention.query_key_value.bias"
+WORDS, HEAD = "transformer.embedding.word_embeddings.weight", "transformer.output_layer.weight"
+PROMPT = "transformer.prefix_encoder.embedding.weight"  # P-tuning
+LAYER = "transformer.encoder.layers.1."
+
+
+@pytest.mark.parametrize(
+    ("said", "changed", "expected"),
+    [
+        ({}, {f"{LAYER}{MLP}": torch.zeros(5, 7)}, [f"{LAYER}{MLP} is [5, 7], not [96, 32]"]),
+        ({}, {WORDS: torch.zeros(5, 7)}, [f"1 of another shape ({WORDS} is [5, 7], not [600, 32])"]),
+        ({}, {PROMPT: torch.zeros(5, 7)}, [f"1 unexpected ({PROMPT})"]),
+        ({"tie_word_embeddings": True}, {}, [f"1 unexpected ({HEAD})"]),
+        (
+            {"add_qkv_bias": False},
+            {},
+            [f"3 unexpected (transformer.encoder.layers.0.{JOINT_BIAS}"],
+        ),
+        ({"num_layers": 2}, {}, ["7 unexpected (transformer.encoder.layers.2.input_layernorm.weight"]),
+        ({"num_layers": 4}, {}, ["7 missing (transformer.encoder.layers.3.input_layernorm.weight"]),
+        ({"multi_query_group_num": 1}, {}, ["query_key_value.weight is [128, 32], not [96, 32]"]),
+        ({}, {f"{LAYER}{JOINT_BIAS}": None, HEAD: None}, [f"2 missing ({LAYER}{JOINT_BIAS}, {HEAD})"]),
+    ],
+)
+def test_what_is_no_part_of_the_model_is_named(
+    tmp_path: Path, said: dict[str, Any], changed: dict[str, Any], expected: list[str]
+) -> None:
+    tensors = {name: t for name, t in {**original_weights(CONFIG), **changed}.items() if t is not None}
+    folder = write_original(tmp_path / "in", {**CONFIG, **said}, tensors)
+    with pytest.raises(ValueError) as caught:
+        glm.convert(folder, tmp_path / "out", family="chatglm2")
+    found = str(caught.value)
+    assert str(folder) in found and all(words in found for words in expected), found
+    assert not (tmp_path / "out").exists()
+
+
+def test_transformers_folders_are_held_to_their_config_too(tmp_path: Path) -> None:
+    folder = write_original(tmp_path / "in", CONFIG, original_weights(CONFIG))
+    there = glm.convert(folder, tmp_path / "there", family="glm4")
+    config = json.loads((there / "config.json").read_text())
+    (there / "config.json").write_text(json.dumps({**config, "intermediate_size": 40}))
+    with pytest.raises(ValueError, match=r"layers.0.mlp.gate_up_proj.weight is \[96, 32\], not \[80, 32\]"):
+        glm.convert(there, tmp_path / "back", family="glm4", layout="original")
+
+
+def test_a_copy_of_tied_words_stays_behind(tmp_path: Path) -> None:
+    """torch saves a shared tensor under both of its names."""
+    tensors = original_weights({**CONFIG, "tie_word_embeddings": True})
+    config = {**CONFIG, "tie_word_embeddings": True}
+    folder = write_original(tmp_path / "in", config, {**tensors, HEAD: tensors[WORDS].clone()})
+    out = glm.convert(folder, tmp_path / "out", family="chatglm2")
+    assert "lm_head.weight" not in open_folder(out).shapes
+
+
+@pytest.mark.parametrize("key", ["ffn_hidden_size", "padded_vocab_size", "num_attention_heads"])
+def test_a_config_without_a_size_is_named(tmp_path: Path, key: str) -> None:
+    config = {name: value for name, value in CONFIG.items() if name != key}
+    folder = write_original(tmp_path / "in", config, original_weights(CONFIG))
+    with pytest.raises(ValueError, match=rf"in/config.json has no {key}"):
+        glm.convert(folder, tmp_path / "out", family="chatglm2")
