@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
@@ -86,7 +87,7 @@ def text_of(record: Mapping[str, Any], name: str, *, empty: bool = False) -> str
     if name not in record:
         raise Malformed(name, "text", f"no such field among {sorted(map(str, record))}")
     value = record[name]
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)
     if not isinstance(value, str):
         raise Malformed(name, "text", value)

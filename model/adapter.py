@@ -85,6 +85,8 @@ class Lora:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"model.adapter.rank is {self.rank}; it has to be 1 or more")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"model.adapter.alpha is {self.alpha}; at 0 or below nothing would be learned")
         unknown = [part for part in self.parts if part not in PARTS]
         if unknown or not self.parts:
             raise ValueError(f"model.adapter.parts is {list(self.parts)}; it can hold {', '.join(PARTS)}")

@@ -197,6 +197,7 @@ ANSWER = {"from": "gpt", "value": "Hello"}
     [
         (VisualGLMJson, {"img": "a.jpg", "prompt": "q"}, r"'label': expected text, found no such field among \['img"),
         (VisualGLMJson, {"prompt": "q", "label": "  "}, "'label': expected text that is not empty"),
+        (VisualGLMJson, {"prompt": "q", "label": float("nan")}, "'label': expected text, found"),
         (VisualGLMJson, {"prompt": "q", "label": None}, "'label': expected text, found null"),
         (VisualGLMJson, {"img": 3, "prompt": "q", "label": "a"}, "'img': expected a path, or a list of paths, found 3"),
         (VisualGLMJson, ["q", "a"], "expected an object with named fields"),

@@ -96,6 +96,7 @@ def test_wrong_places_are_named(pieces: Path, options: Mapping[str, Any], expect
 def test_options_that_cannot_be_meant() -> None:
     for options, expected in (
         ({"rank": 0}, "rank is 0"),
+        ({"alpha": 0}, "alpha is 0"),
         ({"parts": ["llm", "vit"]}, "can hold llm, qformer"),
         ({"layer_range": [0, 14, 2]}, "two numbers"),
     ):
