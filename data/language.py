@@ -13,7 +13,7 @@ LETTERS_PER_WORD = 4  # a Chinese character carries about as much as that many L
 
 
 def language_of_turns(turns: Sequence[Turn]) -> str:
-    """Of a conversation: its last question's, since whoever is asked sees no answer; its answer's where nothing is asked."""
+    """Of a conversation: its last question's, as whoever is asked sees no answer; without a question its answer's."""
     last = turns[-1]
     return language_of(last.question if last.question.strip() else last.answer)
 
