@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from glob import glob
+from functools import partial
+from glob import escape, glob
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -19,6 +20,8 @@ from data.source.columns import ColumnSource
 
 INSIDE = "#"  # begins a reference to picture n of a row, which no path can be taken for
 DEFAULT_SPLIT = "train"  # what files are whose names tell none, as `datasets` has it
+_SAVED = ("state.json", "dataset_dict.json")  # one of them is in what save_to_disk writes
+_HUB_NAME = re.compile(r"(?!.*\.parquet$)\w[\w.-]*(/[\w.-]+)?")  # a path that is not there is not asked for on the Hub
 _SHARD = re.compile(r"(\w+)-\d{5}-of-\d{5}")  # below data/, where the hub writes splits of any name
 
 
@@ -93,22 +96,41 @@ class HfDataset(ColumnSource):
         return super().open(cell["path"], file, row)
 
     def _load(self) -> Any:
-        from datasets import DatasetDict, load_dataset, load_from_disk
+        from datasets import DatasetDict, exceptions
 
-        wish, cache = Path(str(self.path)).expanduser(), self.cache_dir
-        found = parquet_files(wish) if wish.is_dir() else sorted(map(Path, glob(str(wish))))
-        if found:
-            files = [str(file) for file in self._of_split(found, wish)]
-            data = load_dataset("parquet", data_files=files, split="train", cache_dir=cache)
-        elif wish.is_dir():
-            data = load_from_disk(str(wish))
-        else:
-            data = load_dataset(str(self.path), self.config, split=self.hub_split, cache_dir=cache)
+        wish = Path(str(self.path)).expanduser()
+        read, hint = self._reader(wish)
+        try:
+            data = read()
+        except (OSError, ValueError, exceptions.DatasetsError) as error:
+            is_empty = isinstance(error, exceptions.DatasetGenerationError)  # what happened is in its cause
+            cause = error.__cause__ if is_empty else None
+            raise ValueError(f"{self.name}: {wish} cannot be read ({cause or error}){hint}") from error
         if isinstance(data, DatasetDict):
             if self.hub_split not in data:
                 raise ValueError(f"{self.name}: {wish} has no split {self.hub_split!r}; it has {list(data)}")
             data = data[self.hub_split]
         return data
+
+    def _reader(self, wish: Path) -> tuple[Callable[[], Any], str]:
+        """How `datasets` reads it, and what else to try where that fails.  Raises ValueError: nothing is there."""
+        from datasets import load_dataset, load_from_disk
+
+        found = parquet_files(wish)
+        if found:
+            files = [escape(str(file)) for file in self._of_split(found, wish)]
+            return partial(load_dataset, "parquet", data_files=files, split="train", cache_dir=self.cache_dir), ""
+        if any((wish / name).is_file() for name in _SAVED):
+            return partial(load_from_disk, str(wish)), ""
+        if wish.is_dir():
+            raise ValueError(
+                f"{self.name}: {wish} is neither a folder of save_to_disk nor are there *.parquet in it or in its data/"
+            )
+        absent = f"there is no file at {wish} (working directory {os.getcwd()})"
+        if not _HUB_NAME.fullmatch(str(self.path)):
+            raise ValueError(f"{self.name}: {absent}")
+        hint = f"; {absent}, so it was taken for a name on the Hub: give a local folder, or a mirror in HF_ENDPOINT"
+        return partial(load_dataset, str(self.path), self.config, split=self.hub_split, cache_dir=self.cache_dir), hint
 
     def _of_split(self, files: Sequence[Path], wish: Path) -> Sequence[Path]:
         """Those of `hub_split`.  Raises ValueError where there are none, or names that leave it open."""
@@ -147,9 +169,14 @@ class HfDataset(ColumnSource):
         return data.cast_column(column, List(plain) if self._is_list else plain)
 
 
-def parquet_files(folder: Path) -> list[Path]:
-    """In the folder, else in its data/, as the hub has it; in both cases also below, in folders that tell a split."""
-    for place in (folder, folder / "data"):
+def parquet_files(wish: Path) -> list[Path]:
+    """The file, or what a glob finds.
+
+    Of a folder those in it, else in its data/, as the hub has it; in both cases also below, in folders that tell a split.
+    """
+    if not wish.is_dir():
+        return [wish] if wish.is_file() else sorted(map(Path, glob(str(wish))))
+    for place in (wish, wish / "data"):
         inside = (file for file in place.glob("*/*.parquet") if split_told(PurePath(file.parent.name)))
         found = [file for file in (*place.glob("*.parquet"), *inside) if not file.name.startswith(".")]
         if found:

@@ -179,3 +179,61 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         HfDataset(path=str(tmp_path / "set"), columns={**COLUMNS, "image": "pic"})
     with pytest.raises(ValueError, match=r"has no column \['study'\]"):
         HfDataset(path=str(tmp_path / "set"), columns=COLUMNS, split="1/1", part="train", group="study")
+
+
+def test_layouts_that_cannot_be_read_are_told(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    (tmp_path / "empty").mkdir()
+    for name, content in (("broken", b"PAR1garbage"), ("short", b"")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.parquet").write_bytes(content)
+    write_split(tmp_path / "mixed/a.parquet", "train")
+    Dataset.from_dict({"q": [1], "z": ["b"]}).to_parquet(tmp_path / "mixed/b.parquet")
+    for name in ("cut", "lost"):
+        Dataset.from_dict({"q": ["a"], "a": ["b"]}).save_to_disk(tmp_path / name)
+    (tmp_path / "cut/state.json").write_text("{")
+    (tmp_path / "lost/data-00000-of-00001.arrow").unlink()
+    for name, expected in (
+        ("empty", r"is neither a folder of save_to_disk nor are there \*.parquet in it or in its data/"),
+        ("broken", "cannot be read .*magic bytes"),
+        ("short", "cannot be read .*0 bytes"),
+        ("mixed", "cannot be read .*column"),
+        ("cut", "cannot be read .*line 1"),
+        ("lost", r"cannot be read .*00001\.arrow"),
+        ("none/*.parquet", "there is no file at .*working directory"),
+        ("none", "there is no file at .*working directory"),
+    ):
+        with pytest.raises(ValueError, match=f"(?s)hf_datasets: .*{expected}") as told:
+            answers(tmp_path, tmp_path / name)
+        assert str(tmp_path / name) in str(told.value)
+
+
+def test_a_folder_with_brackets(tmp_path: Path) -> None:
+    write_split(tmp_path / "set [1]/train.parquet", "train")
+    assert answers(tmp_path, tmp_path / "set [1]") == answers(tmp_path, tmp_path / "set [1]/train.parquet")
+
+
+def test_a_name_that_the_hub_does_not_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    for fault in (ConnectionError("Couldn't reach it"), datasets.exceptions.DatasetNotFoundError("no such set")):
+
+        def refuse(*_: Any, fault: Exception = fault, **__: Any) -> None:
+            raise fault
+
+        monkeypatch.setattr(datasets, "load_dataset", refuse)
+        with pytest.raises(
+            ValueError, match=rf"{fault}\); there is no file at owner/set .*a local folder.* HF_ENDPOINT"
+        ):
+            HfDataset(path="owner/set", columns=COLUMNS)
+        for path in (
+            "data/part.parquet",
+            "./set",
+            "../owner/set",
+            "a/b/c",
+            "https://example.com/set",
+        ):  # never asked for
+            with pytest.raises(ValueError, match="there is no file at") as told:
+                HfDataset(path=path, columns=COLUMNS)
+            assert str(fault) not in str(told.value)
