@@ -25,19 +25,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.weights import glm, sat, sat_lora, visualglm, visualglm_convert
-from model.weights.checkpoint import open_folder
+from model.weights import chatglm_folder, glm, sat, sat_lora, visualglm, visualglm_convert
 
 
 def convert_visualglm(args: argparse.Namespace) -> str:
-    reference = None
-    if args.reference is not None:
-        known = open_folder(args.reference)
-        if visualglm.FIRST_QKV not in known.shapes:
-            raise ValueError(
-                f"{args.reference} has no {visualglm.FIRST_QKV}: it is no Hugging Face folder of ChatGLM-6B"
-            )
-        reference = known.read(visualglm.FIRST_QKV)
+    reference = None if args.reference is None else chatglm_folder.known_rows(args.reference)
     visualglm_convert.convert(
         args.source,
         args.target,

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from model.weights import visualglm, writing
 from model.weights.checkpoint import from_tensors, open_folder, read_config
 from model.weights.filling import LoadReport
-from model.weights.visualglm import LANGUAGE_MODEL, Entry, QkvOrder, Shape
+from model.weights.rows import head_by_head
+from model.weights.visualglm import FIRST_QKV, LANGUAGE_MODEL, Entry, QkvOrder, Shape
 
 IMAGE_PREFIX, HEAD = "image_encoder.", "lm_head.weight"
 
@@ -62,6 +63,20 @@ def load(model: nn.Module, folder: Path, *, qkv_order: QkvOrder | None, referenc
         return visualglm.load(model, checkpoint, table(model), order)
     own = [entry for entry in table(model) if entry.block == LANGUAGE_MODEL]
     return visualglm.load(model, checkpoint, own, order, must=(LANGUAGE_MODEL,))
+
+
+def known_rows(folder: Path) -> Tensor:
+    """A ChatGLM-6B folder's first joint weight, head by head, to compare with (`visualglm.resolve_order`).
+
+    Hugging Face's folders have it so; in one that a conversion of ours wrote in blocks it is turned.
+    """
+    checkpoint = open_folder(folder)
+    if FIRST_QKV not in checkpoint.shapes:
+        raise ValueError(f"{folder} has no {FIRST_QKV}: it is no Hugging Face folder of ChatGLM-6B")
+    rows = checkpoint.read(FIRST_QKV)
+    if visualglm.recorded_order(folder) == "blocks":
+        return head_by_head(rows, sizes(read_config(folder))["num_heads"])
+    return rows
 
 
 def write(model: nn.Module, folder: Path, config: Mapping[str, Any], *, qkv_order: QkvOrder = "per_head") -> Path:

@@ -215,7 +215,7 @@ def resolve_order(
     conversion of ours recorded.
 
     Raises:
-        ValueError: neither is given, the reference is of other weights, or the two disagree.
+        ValueError: none of them is there, the reference is of other weights, or they disagree.
     """
     if order not in (None, "blocks", "per_head"):
         raise ValueError(f"qkv_order is {order!r}; it can be blocks (SAT 0.4.1 and later) or per_head (Hugging Face)")
@@ -230,14 +230,23 @@ def resolve_order(
                 f"before 0.4.1, XrayGLM); the wrong one loads without an error and answers nonsense"
             )
         return order
+    shown = _shown_order(checkpoint, reference, num_heads)
+    for said, by in ((order, ""), (recorded, f", as {RECORD} says")):
+        if said not in (None, shown):
+            raise ValueError(
+                f"{checkpoint.path} has its rows in order {shown!r}, as the reference shows, not {said!r}{by}"
+            )
+    return shown
+
+
+def _shown_order(checkpoint: Checkpoint, reference: Tensor, num_heads: int) -> QkvOrder:
     found = checkpoint.read(FIRST_QKV)
-    for shown, as_found in (("per_head", reference), ("blocks", in_blocks(reference, num_heads))):
-        if found.shape == as_found.shape and torch.equal(found, as_found.to(found.dtype)):
-            if order not in (None, shown):
-                raise ValueError(
-                    f"{checkpoint.path} has its rows in order {shown!r}, as the reference shows, not {order!r}"
-                )
-            return shown  # type: ignore[return-value]
+    if found.shape == reference.shape:
+        known = reference.to(found.dtype)
+        if torch.equal(found, known):
+            return "per_head"
+        if torch.equal(found, in_blocks(known, num_heads)):
+            return "blocks"
     raise ValueError(
         f"{FIRST_QKV} of {checkpoint.path} is the reference's in neither order: other weights, or fine-tuned"
     )

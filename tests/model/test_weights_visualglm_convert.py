@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
-from model.weights import sat, visualglm, visualglm_convert
+from model.weights import chatglm_folder, sat, visualglm, visualglm_convert
 from model.weights.checkpoint import open_folder
 from tests.model.test_weights_sat import CONFIG, change, chat_model, lora_tensors, with_lora
 
@@ -117,3 +121,44 @@ def test_only_what_is_written_is_read(folder: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sat, "open_folder", lambda *_, **__: watched)
     converted(folder)
     assert sorted(asked) == sorted(stored.shapes.keys() - {sat.INV_FREQ})
+
+
+# ---------------------------------------------------------------------------------------------------- rows by reference
+
+
+@pytest.mark.parametrize("order", ["per_head", "blocks"])
+def test_a_reference_of_either_order_shows_the_same(
+    folder: Path, repo_root: Path, tmp_path: Path, order: visualglm.QkvOrder
+) -> None:
+    expected = open_folder(converted(folder))
+    known = visualglm_convert.convert(
+        folder, tmp_path / "known", to="huggingface", qkv_order="blocks", target_order=order
+    )
+    words = ["visualglm", folder, tmp_path / "out", "--to", "huggingface", "--reference", known]
+    command = [sys.executable, "scripts/convert_weights.py", *map(str, words)]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "rows of query_key_value: per_head" in done.stdout, done.stderr
+    found = open_folder(tmp_path / "out")
+    assert all(torch.equal(found.read(name), expected.read(name)) for name in expected.shapes)
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["source_qkv_order"] == "blocks"
+
+
+def test_a_record_that_the_reference_contradicts(folder: Path) -> None:
+    known = chatglm_folder.known_rows(converted(folder))
+    (folder / "conversion.json").write_text('{"qkv_order": "per_head"}')
+    shutil.rmtree(folder.with_name("converted"))
+    found = refused(folder, qkv_order=None, reference=known)
+    assert "in order 'blocks', as the reference shows, not 'per_head', as conversion.json says" in found
+
+
+def test_a_reference_that_is_none(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no Hugging Face folder of ChatGLM-6B"):
+        chatglm_folder.known_rows(save_small(tmp_path / "other"))
+    found = refused(folder, qkv_order=None, reference=torch.zeros(10, 32))  # of another size
+    assert "is the reference's in neither order" in found
+
+
+def save_small(folder: Path) -> Path:
+    folder.mkdir()
+    save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
+    return folder
