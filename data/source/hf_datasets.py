@@ -172,7 +172,7 @@ class HfDataset(ColumnSource):
 def parquet_files(wish: Path) -> list[Path]:
     """The file, or what a glob finds.
 
-    Of a folder those in it, else in its data/, as the hub has it; in both cases also below, in folders that tell a split.
+    Of a folder those in it, else in its data/, as the hub has it; of both also those in folders that tell a split.
     """
     if not wish.is_dir():
         return [wish] if wish.is_file() else sorted(map(Path, glob(str(wish))))
