@@ -17,12 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.adapter import NAME, inject
 from model.visual_chat import VisualChatModel
-from model.weights.checkpoint import open_file
+from model.weights.checkpoint import open_file, read_json
 from model.weights.filling import LoadReport, Part, fill
 
 log = logging.getLogger(__name__)
@@ -100,13 +100,39 @@ def load(model: VisualChatModel, folder: Path) -> LoadReport:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """`queqiao.json`; of a folder that peft alone wrote, what it says as well."""
+    """`queqiao.json`; of a folder that peft alone wrote, what it says as well.
+
+    Raises ValueError: neither is there, or the file is damaged.
+    """
     if (folder / ABOUT).is_file():
-        about: dict[str, Any] = json.loads((folder / ABOUT).read_text("utf-8"))
-        return about
+        return read_json(folder / ABOUT)
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no adapter: there is neither {ABOUT} nor {CONFIG}")
     return {"adapters": {"llm": "."}}
+
+
+def read_peft(place: Path) -> tuple[Any, dict[str, Tensor]]:
+    """What peft wrote: its config, and the tensors by the names of the wrapped network.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the adapter is of another kind than LoRA.
+    """
+    from peft import LoraConfig
+
+    absent = [name for name in (CONFIG, WEIGHTS) if not (place / name).is_file()]
+    if absent:  # peft would take the path for a name on the Hub, and ask there
+        raise ValueError(f"{place} holds no adapter: it has no {' and no '.join(absent)}")
+    kind = read_json(place / CONFIG).get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{place} is an adapter of kind {kind}: only LoRA is read")
+    try:
+        config = LoraConfig.from_pretrained(str(place))
+        if config.r < 1:
+            raise ValueError(f"r is {config.r}; it has to be 1 or more")
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"peft does not read {place / CONFIG} ({error})") from error
+    checkpoint = open_file(place / WEIGHTS)
+    return config, {name.removeprefix(_PEFT): checkpoint.read(name) for name in checkpoint.shapes}
 
 
 def warn_of_other_base(about: Mapping[str, Any], base: str | Path | None, folder: Path) -> None:
@@ -172,10 +198,9 @@ def _save_peft(
 
 
 def _load_peft(model: VisualChatModel, part: str, place: Path, report: LoadReport) -> None:
-    from peft import LoraConfig
     from peft.utils import set_peft_model_state_dict
 
-    config = LoraConfig.from_pretrained(str(place))
+    config, tensors = read_peft(place)
     config.inference_mode = False
     if part not in adapted(model):
         if part == "projection":
@@ -187,10 +212,8 @@ def _load_peft(model: VisualChatModel, part: str, place: Path, report: LoadRepor
             inject(model.get_submodule(_ROOTS[part]), config)
             if part == "vision":
                 model.vision.frozen = False  # or it would build no graph
-    tensors = load_file(place / WEIGHTS)
-    plain = {name.removeprefix(_PEFT): tensor for name, tensor in tensors.items()}
     try:
-        outcome = set_peft_model_state_dict(_root(model, part, config), plain, NAME)
+        outcome = set_peft_model_state_dict(_root(model, part, config), tensors, NAME)
     except RuntimeError as error:
         raise ValueError(f"{place} does not fit this model's {part}: {error}") from error
     missing = [name for name in outcome.missing_keys if "lora_" in name]
@@ -199,7 +222,7 @@ def _load_peft(model: VisualChatModel, part: str, place: Path, report: LoadRepor
             f"{place} does not fit this model's {part}: {len(missing)} tensors are missing ({missing[:2]}), "
             f"{len(outcome.unexpected_keys)} are not known ({list(outcome.unexpected_keys)[:2]})"
         )
-    report.loaded |= {f"{part}: {name}": tensor.numel() for name, tensor in plain.items()}
+    report.loaded |= {f"{part}: {name}": tensor.numel() for name, tensor in tensors.items()}
 
 
 def _root(model: VisualChatModel, part: str, config: Any) -> nn.Module:

@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from model.weights import adapter_folder, chatglm_folder, visualglm
-from model.weights.adapter_folder import CONFIG, TRAINED, WEIGHTS
-from model.weights.checkpoint import Checkpoint, open_folder, read_config
+from model.weights.adapter_folder import TRAINED
+from model.weights.checkpoint import Checkpoint, open_file, open_folder, read_config
 from model.weights.rows import head_by_head, in_blocks
 from model.weights.visualglm import LANGUAGE_MODEL, QkvOrder
 
-_PEFT = "base_model.model."
 _JOINT = "query_key_value"
 
 
@@ -46,30 +44,25 @@ def read_updates(folder: Path) -> dict[str, Update]:
     """Module name -> update, from peft's own files.
 
     Raises:
-        ValueError: no adapter, or one of another kind than LoRA.
+        ValueError: no adapter, a damaged one, or one of another kind than LoRA without biases.
     """
-    from peft import PeftConfig
     from peft.utils.other import get_pattern_key
 
-    if not (folder / WEIGHTS).is_file() or not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} holds no adapter: {WEIGHTS} and {CONFIG} are expected")
-    config: Any = PeftConfig.from_pretrained(str(folder))
-    if str(config.peft_type.value) != "LORA" or config.fan_in_fan_out or config.bias != "none":
-        raise ValueError(f"{folder} is an adapter of kind {config.peft_type.value}: only LoRA without biases is merged")
-    tensors = {name.removeprefix(_PEFT): t for name, t in load_file(folder / WEIGHTS).items()}
+    config, tensors = adapter_folder.read_peft(folder)
+    if config.fan_in_fan_out or config.bias != "none":
+        raise ValueError(f"{folder} has biases, or maps of transposed weights: only LoRA without them is merged")
+    ends = [".lora_A.weight", ".lora_B.weight"] + [".lora_magnitude_vector"] * bool(config.use_dora)
+    modules = [name.removesuffix(ends[0]) for name in tensors if name.endswith(ends[0])]
+    if set(tensors) != {module + end for module in modules for end in ends}:
+        raise ValueError(f"{folder}: {len(tensors)} tensors are not {len(ends)} for each of {len(modules)} linear maps")
     updates = {}
-    for name, down_RI in tensors.items():
-        module, is_down, _ = name.partition(".lora_A.weight")
-        if not is_down:
-            continue
+    for module in modules:
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
         alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
         scale = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
         magnitude_O = tensors.get(f"{module}.lora_magnitude_vector")
-        updates[module] = Update(down_RI, tensors[f"{module}.lora_B.weight"], scale, magnitude_O)
-    parts = 2 + bool(config.use_dora)
-    if len(updates) * parts != len(tensors):
-        raise ValueError(f"{folder}: {len(tensors)} tensors are not {parts} for each of {len(updates)} linear maps")
+        down_RI, up_OR = (tensors[module + end] for end in ends[:2])
+        updates[module] = Update(down_RI, up_OR, scale, magnitude_O)
     return updates
 
 
@@ -91,6 +84,8 @@ def merged(
     elsewhere = sorted(set(about["adapters"]) - {"llm"})
     if elsewhere:
         raise ValueError(f"{adapter} has adapters on {', '.join(elsewhere)}; only the language model's are merged")
+    if about.get("trained"):
+        open_file(adapter / about["trained"]["file"])  # before anything is written: one that is missing or damaged
     if (base / "model_config.json").is_file():
         raise ValueError(
             f"{base} is SAT's folder: python scripts/convert_weights.py visualglm {base} TARGET --to huggingface ..."
@@ -134,14 +129,14 @@ def _replaced(checkpoint: Checkpoint, config: Mapping[str, Any], adapter: Path) 
     prefix = chatglm_folder.IMAGE_PREFIX
     if not (adapter / TRAINED).is_file() or not any(name.startswith(prefix) for name in checkpoint.shapes):
         return {}
-    trained = load_file(adapter / TRAINED)
+    trained = open_file(adapter / TRAINED)
     shape = visualglm.Shape.of_checkpoint(checkpoint, prefix, config["num_attention_heads"])
     table = visualglm.entries(shape, image_prefix=prefix, head=chatglm_folder.HEAD)
     found: dict[str, Callable[[], Tensor]] = {}
     used: set[str] = set()
     for entry in table:
-        if entry.block != LANGUAGE_MODEL and all(name in trained for name in entry.ours):
-            tensor = entry.to_theirs([trained[name] for name in entry.ours], "per_head")
+        if entry.block != LANGUAGE_MODEL and all(name in trained.shapes for name in entry.ours):
+            tensor = entry.to_theirs([trained.read(name) for name in entry.ours], "per_head")
             if tuple(tensor.shape) != checkpoint.shapes[entry.theirs]:
                 raise ValueError(
                     f"{entry.theirs} is {list(checkpoint.shapes[entry.theirs])} in {checkpoint.path}, "
@@ -149,7 +144,7 @@ def _replaced(checkpoint: Checkpoint, config: Mapping[str, Any], adapter: Path) 
                 )
             found[entry.theirs] = lambda tensor=tensor: tensor  # type: ignore[misc]
             used |= set(entry.ours)
-    strangers = sorted(set(trained) - used)
+    strangers = sorted(set(trained.shapes) - used)
     if strangers:
         raise ValueError(f"{adapter}: {len(strangers)} trained tensors have no place in VisualGLM ({strangers[0]})")
     return found

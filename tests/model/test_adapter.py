@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from model.adapter import Adapter, Lora, NoAdapter, QLora, refuse_empty
 from model.visual_chat import VisualChatModel
-from model.weights import adapter_folder
+from model.weights import adapter_folder, merging
 from model.weights.checkpoint import from_tensors
 from model.weights.filling import Part, fill
 from tests.model.glm_common import small_glm, train_sentencepieces, visual_chat
@@ -212,6 +212,67 @@ def test_another_base_is_said_and_a_moved_one_may_be_right(
         adapter_folder.load(again, folder)
         expected = [f"{folder} was trained on {tmp_path}/run/llm and is put on {place}: wrong, unless that is the same"]
         assert [record.getMessage()[: len(expected[0])] for record in caplog.records] == expected * warns
+
+
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "expected"),
+    [
+        (WEIGHTS, None, f"holds no adapter: it has no {WEIGHTS}"),
+        (SETTINGS, None, f"holds no adapter: it has no {SETTINGS}"),
+        (WEIGHTS, lambda content: content[:50], f"{WEIGHTS} is no readable safetensors file"),
+        (WEIGHTS, lambda content: content[:-1], f"{WEIGHTS} is no readable safetensors file"),
+        (WEIGHTS, lambda content: b"", f"{WEIGHTS} is no readable safetensors file"),
+        (SETTINGS, lambda content: b"{", f"{SETTINGS} is no readable JSON"),
+        (SETTINGS, lambda content: b"[]", f"{SETTINGS} holds a list"),
+        (SETTINGS, lambda content: b"{}", "of kind None: only LoRA is read"),
+        (SETTINGS, lambda content: content.replace(b'"LORA"', b'"IA3"'), "of kind IA3: only LoRA is read"),
+        (SETTINGS, lambda content: content.replace(b'"LORA"', b'"NEW"'), "of kind NEW: only LoRA is read"),
+        (SETTINGS, lambda content: content.replace(b'"r": 2', b'"r": 0'), f"peft does not read .*{SETTINGS} .r is 0"),
+        (
+            SETTINGS,
+            lambda content: content.replace(b'"layers_pattern": null', b'"layers_pattern": "layers"'),
+            f"peft does not read .*{SETTINGS}",
+        ),
+    ],
+)
+def test_a_damaged_folder_is_told_and_nobody_is_asked_for_another(
+    pieces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, damage: Any, expected: str
+) -> None:
+    model = adapted(pieces, Lora(rank=2), train_qformer=False, train_projection=False)
+    folder = adapter_folder.save(model, learnt(model), tmp_path / "adapter")
+    before = (folder / file).read_bytes()
+    (folder / file).unlink() if damage is None else (folder / file).write_bytes(damage(before))
+    assert damage is None or damage(before) != before
+    monkeypatch.setattr("peft.config.hf_hub_download", lambda *_, **__: pytest.fail("the path was sent to the Hub"))
+    again = chat(pieces)
+    names = [name for name, _ in again.named_parameters()]
+    for read in (lambda: adapter_folder.load(again, folder), lambda: merging.read_updates(folder)):
+        with pytest.raises(ValueError, match=expected):
+            read()
+    assert [name for name, _ in again.named_parameters()] == names, "half an adapter was put on"
+
+
+def test_what_trained_beside_it_and_is_damaged_is_told(pieces: Path, tmp_path: Path) -> None:
+    model = adapted(pieces, Lora(rank=2))
+    folder = adapter_folder.save(model, learnt(model), tmp_path / "adapter")
+    for name, content, expected in (
+        ("queqiao.json", b"{", "queqiao.json is no readable JSON"),
+        ("queqiao.json", b"{}", "queqiao.json has no adapters"),
+        ("trained.safetensors", b"short", "trained.safetensors is no readable safetensors file"),
+        ("trained.safetensors", None, "no checkpoint at .*trained.safetensors"),
+    ):
+        before = (folder / name).read_bytes()
+        (folder / name).unlink() if content is None else (folder / name).write_bytes(content)
+        for read in (
+            lambda: adapter_folder.load(chat(pieces), folder),
+            lambda: merging.merged(tmp_path, folder, qkv_order=None),
+        ):
+            with pytest.raises(ValueError, match=expected):
+                read()
+        (folder / name).write_bytes(before)
 
 
 # ----------------------------------------------------------------------------------------------------------- 4 bits
