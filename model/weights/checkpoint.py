@@ -26,8 +26,10 @@ class Config(dict[str, Any]):
     """What a JSON file holds: a key that is asked for and not there is a fault of the file, whose name it carries."""
 
     def __init__(self, content: Mapping[str, Any], place: str) -> None:
-        inner = {key: Config(value, f"{place}, {key}") for key, value in content.items() if isinstance(value, dict)}
-        super().__init__({**content, **inner})
+        super().__init__(content)
+        for key, value in content.items():
+            if isinstance(value, dict) and not isinstance(value, Config):  # one that came along keeps its name
+                self[key] = Config(value, f"{place}, {key}")
         self.place = place
 
     def __missing__(self, key: str) -> Any:
@@ -82,7 +84,7 @@ def open_folder(path: Path) -> Checkpoint:
     """A folder as transformers writes it: one file or shards with an index; safetensors before torch's.
 
     Raises:
-        ValueError: there are no weights in it, or a shard is missing.
+        ValueError: there are no weights in it, a shard is missing, or the index does not fit the shards.
     """
     for single, index in _INDEXED:
         if (path / single).is_file():
@@ -94,7 +96,9 @@ def open_folder(path: Path) -> Checkpoint:
 
 
 def _open_shards(path: Path, index: str) -> Checkpoint:
-    weight_map: dict[str, str] = json.loads((path / index).read_text("utf-8"))["weight_map"]
+    weight_map = read_json(path / index)["weight_map"]
+    if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ValueError(f"{path / index}: weight_map names no tensors with their files")
     absent = sorted({file for file in weight_map.values() if not (path / file).is_file()})
     if absent:
         raise ValueError(
@@ -102,6 +106,11 @@ def _open_shards(path: Path, index: str) -> Checkpoint:
             f"run `python scripts/fetch_weights.py` again, it resumes"
         )
     shards = {file: open_file(path / file) for file in set(weight_map.values())}
+    astray = [f"{name} is not in {file}" for name, file in weight_map.items() if name not in shards[file].shapes]
+    if astray:
+        raise ValueError(
+            f"{path / index} does not fit its shards: {len(astray)} tensors are not where it says (first: {astray[0]})"
+        )
     shapes = {name: shards[file].shapes[name] for name, file in weight_map.items()}
     return Checkpoint(str(path), shapes, lambda name: shards[weight_map[name]].read(name))
 

@@ -37,7 +37,8 @@ def read_config(folder: Path) -> Config:
     if not file.is_file():
         raise ValueError(f"{folder} is no checkpoint of SwissArmyTransformer: it has no model_config.json")
     config = read_json(file)
-    missing = [key for key in ("hidden_size", "eva_args", "qformer_args", "bos_token_id") if key not in config]
+    missing = [key for key in ("hidden_size", "bos_token_id") if key not in config]
+    missing += [key for key in ("eva_args", "qformer_args") if not isinstance(config.get(key), dict)]
     if missing:
         raise ValueError(f"{file} is of {config.get('model_class', 'some model')}, not of VisualGLM: no {missing}")
     if config.get("model_parallel_size", 1) != 1:

@@ -7,8 +7,8 @@ or head by head, which no file says: `qkv_order` has to, or a tensor known from 
 
 from __future__ import annotations
 
-import json
 import re
+import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from model.weights import names
-from model.weights.checkpoint import Checkpoint
+from model.weights.checkpoint import Checkpoint, read_json
 from model.weights.filling import LoadReport, Part, fill
 from model.weights.names import ENCODER, QUERIES
 from model.weights.rows import head_by_head, in_blocks
 
 QkvOrder = Literal["blocks", "per_head"]
+ORDERS = typing.get_args(QkvOrder)
 Sizes = Mapping[str, Mapping[str, Any]]  # of vision, qformer and llm, as `sat.sizes` gives them
 LANGUAGE_MODEL, PROJECTION, LN_VISION = "language model", "projection", "ln_vision"
 RECORD = "conversion.json"
@@ -199,7 +200,9 @@ def to_theirs(tensors: Mapping[str, Tensor], table: list[Entry], order: QkvOrder
 def recorded_order(folder: Path) -> QkvOrder | None:
     """What a conversion of ours wrote beside the weights (`conversion.json`)."""
     file = folder / RECORD
-    order: QkvOrder | None = json.loads(file.read_text("utf-8")).get("qkv_order") if file.is_file() else None
+    order: QkvOrder | None = read_json(file).get("qkv_order") if file.is_file() else None
+    if order not in (None, *ORDERS):
+        raise ValueError(f"{file} has qkv_order {order!r}; it can be {' or '.join(ORDERS)}")
     return order
 
 
@@ -217,7 +220,7 @@ def resolve_order(
     Raises:
         ValueError: none of them is there, the reference is of other weights, or they disagree.
     """
-    if order not in (None, "blocks", "per_head"):
+    if order not in (None, *ORDERS):
         raise ValueError(f"qkv_order is {order!r}; it can be blocks (SAT 0.4.1 and later) or per_head (Hugging Face)")
     if reference is None:
         if recorded is not None and order not in (None, recorded):

@@ -124,7 +124,8 @@ def read_config(folder: Path) -> Config:
         return sat.read_config(folder)
     config = read_huggingface_config(folder)
     chatglm_folder.sizes(config)
-    missing = [key for key in ("eva_config", "qformer_config", "image_length") if key not in config]
+    missing = [key for key in ("eva_config", "qformer_config") if not isinstance(config.get(key), dict)]
+    missing += ["image_length"] if "image_length" not in config else []
     if missing:
         raise ValueError(f"{folder}/config.json is not VisualGLM's: it has no {', '.join(missing)}")
     in_sats_keys = {ours: config[theirs] for ours, theirs in _SAME_KEYS.items() if theirs in config}

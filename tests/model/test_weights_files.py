@@ -1,0 +1,90 @@
+"""Index and config files that are broken: a sentence with the file and the key, whatever reads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from model.weights import chatglm_folder, sat, visualglm, visualglm_convert
+from model.weights.checkpoint import open_folder, read_config
+from tests.model.test_weights_sat import CONFIG, HF_CONFIG, chat_model
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    for letter in "ab":
+        save_file({letter: torch.zeros(2)}, tmp_path / f"{letter}.safetensors")
+    return tmp_path
+
+
+def refused(run: Callable[[], Any]) -> str:
+    with pytest.raises(ValueError) as caught:
+        run()
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        ('{"weight_map": {"a": "a.safet', "is no readable JSON, perhaps cut short"),
+        ("[]", "holds a list"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {}}', "weight_map names no tensors"),
+        ('{"weight_map": ["a"]}', "weight_map names no tensors"),
+        ('{"weight_map": {"a": 1}}', "weight_map names no tensors"),
+        ('{"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}', "b is not in a.safetensors"),
+    ],
+)
+def test_a_broken_index_is_named(shards: Path, index: str, expected: str) -> None:
+    (shards / INDEX).write_text(index)
+    found = refused(lambda: open_folder(shards))
+    assert str(shards / INDEX) in found and expected in found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [('{"a": ', "cut short"), ("[]", "holds a list"), ("\udcff", "no readable")]
+)
+def test_a_broken_config_is_named(tmp_path: Path, text: str, expected: str) -> None:
+    for name, read in (("config.json", read_config), ("model_config.json", sat.read_config)):
+        (tmp_path / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+        found = refused(lambda read=read: read(tmp_path))  # type: ignore[misc]
+        assert str(tmp_path / name) in found and expected in found
+    (tmp_path / visualglm.RECORD).write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert visualglm.RECORD in refused(lambda: visualglm.recorded_order(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["num_attention_heads", "image_length", "vocab_size", "gmask_token_id", "num_layers"])
+def test_a_key_that_a_conversion_needs_is_named(tmp_path: Path, key: str) -> None:
+    folder = sat.write(chat_model(1), tmp_path / "sat", {name: value for name, value in CONFIG.items() if name != key})
+    found = refused(lambda: visualglm_convert.convert(folder, tmp_path / "out", to="huggingface", qkv_order="blocks"))
+    assert f"{folder / 'model_config.json'} has no {key}" in found and not (tmp_path / "out").exists()
+
+
+def test_a_key_inside_a_part_is_named(tmp_path: Path) -> None:
+    theirs = {**HF_CONFIG, "image_length": 5, "eva_config": CONFIG["eva_args"], "qformer_config": {"hidden_size": 24}}
+    folder = chatglm_folder.write(chat_model(1), tmp_path / "hf", theirs)
+    found = refused(lambda: visualglm_convert.convert(folder, tmp_path / "out", to="sat", qkv_order="per_head"))
+    assert f"{folder / 'config.json'}, qformer_config has no is_decoder" in found
+    for part in ("eva_args", "qformer_args"):
+        (tmp_path / "model_config.json").write_text(json.dumps({**CONFIG, part: 5}))
+        assert f"no ['{part}']" in refused(lambda: sat.read_config(tmp_path))
+    for part in ("eva_config", "qformer_config"):
+        (tmp_path / "config.json").write_text(json.dumps({**theirs, part: 5}))
+        (tmp_path / "model_config.json").unlink(missing_ok=True)
+        assert f"it has no {part}" in refused(lambda: visualglm_convert.read_config(tmp_path))
+
+
+def test_a_record_of_no_known_order_is_refused(tmp_path: Path) -> None:
+    (tmp_path / visualglm.RECORD).write_text('{"qkv_order": "rows"}')
+    found = refused(lambda: visualglm.recorded_order(tmp_path))
+    assert str(tmp_path / visualglm.RECORD) in found and "qkv_order" in found and "'rows'" in found
+    (tmp_path / visualglm.RECORD).write_text("{}")
+    assert visualglm.recorded_order(tmp_path) is None
