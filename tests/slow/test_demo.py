@@ -13,19 +13,19 @@ from PIL import Image
 
 from train.evaluator.before_after import first_and_last
 
-# Measured 2026-11-24 on two cores, 2100 steps: ITC 89-91%, ITM 96%, captions 73-75%.  Below, room for other machines'
+# Measured 2026-11-25 on two cores, 2000 steps: ITC 88-91%, ITM 93-94%, captions 62-68%.  Below, room for other machines'
 # rounding: training is a chaotic process, and 256 scenes have a deviation of two or three percent.
 LEAST = {"retrieval/{}/itc/{}/r@1": 0.75, "retrieval/{}/itm/{}/r@1": 0.8}
-LEAST_CAPTIONS = 0.5
-# Stage two and fine-tuning: (run, evaluator) -> at most before, at least after.  Two runs reached 64% and 11% of the
-# captions, 79% and 61% of the questions (docs/results.md): the bounds are below the worse one.
+LEAST_CAPTIONS = 0.45
+# Stage two and fine-tuning: (run, evaluator) -> at most before, at least after.  Runs of this recipe reached 38 to 74% of
+# the captions after stage two and 62% or more of the questions (docs/results.md).
 BOUNDS = {
-    ("stage_two", "captions"): (0.05, 0.06),
-    ("stage_two", "answers"): (0.4, 0.48),
-    ("finetune", "reports"): (0.15, 0.15),
-    ("finetune", "findings"): (0.4, 0.45),
-    ("finetune", "captions"): (1.0, 0.12),
-    ("finetune", "answers"): (1.0, 0.5),
+    ("stage_two", "captions"): (0.05, 0.2),
+    ("stage_two", "answers"): (0.4, 0.5),
+    ("finetune", "reports"): (0.15, 0.4),
+    ("finetune", "findings"): (0.4, 0.6),
+    ("finetune", "captions"): (1.0, 0.45),
+    ("finetune", "answers"): (1.0, 0.55),
 }
 
 
