@@ -13,12 +13,12 @@ from PIL import Image
 
 from train.evaluator.before_after import first_and_last
 
-# Measured 2026-11-25 on two cores, 2000 steps: ITC 88-91%, ITM 93-94%, captions 62-68%.  Below, room for other machines'
-# rounding: training is a chaotic process, and 256 scenes have a deviation of two or three percent.
+# Measured 2026-11-25 on two cores, 2000 steps: ITC 88-91%, ITM 93-94%, captions 62-68%.  Below, room for rounding:
+# training is a chaotic process, and 256 scenes have a deviation of two or three percent.
 LEAST = {"retrieval/{}/itc/{}/r@1": 0.75, "retrieval/{}/itm/{}/r@1": 0.8}
 LEAST_CAPTIONS = 0.45
-# Stage two and fine-tuning: (run, evaluator) -> at most before, at least after.  Runs of this recipe reached 38 to 74% of
-# the captions after stage two and 62% or more of the questions (docs/results.md).
+# Stage two and fine-tuning: (run, evaluator) -> at most before, at least after.  Runs of this recipe reached 38 to 74%
+# of the captions after stage two and 62% or more of the questions (docs/results.md).
 BOUNDS = {
     ("stage_two", "captions"): (0.05, 0.2),
     ("stage_two", "answers"): (0.4, 0.5),
