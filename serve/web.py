@@ -176,7 +176,7 @@ class Page:
                     )  # fmt: skip
                     with gr.Accordion(texts["settings"], open=False, elem_id="settings") as settings:
                         temperature, top_p, top_k, penalty, tokens = self.sliders(texts)
-                    memory = gr.Markdown(self.memory(self.language), elem_id="memory", elem_classes="memory")
+                    memory = gr.Markdown(elem_id="memory", elem_classes="memory")  # at each opening
                 with gr.Column(scale=5, min_width=320):
                     chat = gr.Chatbot(
                         label=texts["chat"], height=520, render_markdown=False, buttons=[], elem_id="chat",

@@ -238,7 +238,11 @@ def test_ctrl_c_while_a_picture_or_a_question_is_read(
     real = getattr(session, slow)
     monkeypatch.setattr(session, slow, pressed)
     typed(monkeypatch, str(fox), str(fox), "stop")
-    lines = shown(session, "en")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        lines = shown(session, "en")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert lines[-1] == "Goodbye." and (TEXTS["en"]["idle"] in lines) == (slow == "picture")
     assert any(line.endswith(TEXTS["en"]["stopped"]) for line in lines) == (slow == "ask")
 

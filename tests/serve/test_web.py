@@ -52,8 +52,13 @@ def opened(browser: Browser, server: Live, language: str = "en-US", **how: Any) 
     page = browser.new_page(locale=language, **how)
     page.set_default_timeout(MS)
     page.goto(server.url)
-    page.wait_for_selector("#send")
+    wait_for_labels(page)
     return page
+
+
+def wait_for_labels(page: Page) -> None:
+    """In the browser's language, and with them the memory in use."""
+    page.wait_for_selector("#memory:has-text('GiB')")
 
 
 def ask(page: Page, question: str) -> None:
@@ -69,9 +74,15 @@ def said(page: Page, count: int) -> list[str]:
 
 
 def set_number(page: Page, label: str, value: str) -> None:
+    """Gradio forgets what is typed within milliseconds of a folded part's unfolding, faster than any hand."""
     field = page.locator(f'input[type=number][aria-label*="{label}"]')
-    field.fill(value)
-    field.press("Tab")
+    for _ in range(10):
+        field.fill(value)
+        field.press("Tab")
+        page.wait_for_timeout(300)
+        if field.input_value() == value:
+            return
+    raise AssertionError(f"{label} does not take {value}")
 
 
 def squeezed(text: str) -> str:
@@ -89,7 +100,7 @@ def test_upload_ask_read_clear(browser: Browser, server: Live) -> None:
     seen: list[str] = []
     page.on("request", lambda request: seen.append(request.url))
     page.reload()
-    page.wait_for_selector("#send")
+    wait_for_labels(page)
     page.click("#settings button")
     set_number(page, "Temperature", "0")
     set_number(page, "Tokens of an answer", "30")
