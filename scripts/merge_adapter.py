@@ -4,7 +4,8 @@
 
 ADAPTER is the folder `adapter/` of a run, or any LoRA that peft saved; BASE the Hugging Face folder of the language
 model or of VisualGLM-6B, unquantised, also where the adapter was trained on 4 bits.  OUT gets every tensor of BASE in
-bfloat16, one shard in memory at a time.  Projection and Q-Former that trained along replace those of VisualGLM; beside
+bfloat16, one shard in memory at a time.  An original folder of ChatGLM2, ChatGLM3 or GLM-4 becomes one of transformers'
+GLM, which adapters trained here are for.  Projection and Q-Former that trained along replace those of VisualGLM; beside
 a language model alone they are kept as `trained.safetensors`, with the run's `config.yaml`, so that chat can load OUT.
 """
 
@@ -19,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model.weights import merging, writing
+from model.weights import glm, merging, writing
 from model.weights.adapter_folder import ABOUT, TRAINED
 from model.weights.visualglm import RECORD, recorded_order
 
@@ -39,8 +40,12 @@ def merge(args: argparse.Namespace) -> str:
     checkpoint = merging.merged(args.base, args.adapter, qkv_order=args.qkv_order, dtype=DTYPES[args.dtype])
     metadata = {"base": str(args.base), "adapter": str(args.adapter)}
     max_bytes = int(args.max_shard_gb * 1024**3)
-    writing.write_folder(checkpoint, args.out, max_shard_bytes=max_bytes, metadata=metadata)
-    writing.copy_files(args.base, args.out, COMES_ALONG)
+    config = merging.renamed(args.base, args.adapter)
+    first_dtype = writing.write_folder(checkpoint, args.out, max_shard_bytes=max_bytes, metadata=metadata)
+    if config is not None:
+        config.dtype = first_dtype
+        config.save_pretrained(args.out)
+    writing.copy_files(args.base, args.out, COMES_ALONG if config is None else glm.COMES_ALONG)
     order = args.qkv_order or recorded_order(args.base)
     if order is not None:
         metadata["qkv_order"] = order

@@ -25,8 +25,8 @@ from model.weights.visualglm import LANGUAGE_MODEL
 Family = Literal["chatglm2", "chatglm3", "glm4"]
 Layout = Literal["transformers", "original"]
 ROTARY_BASE = 10000.0
-_COMES_ALONG = ("tokenizer.model", "tokenizer.json", "LICENSE*", "MODEL_LICENSE*")
-_LAYERS = {"original": "transformer.encoder.layers.", "transformers": "model.layers."}
+COMES_ALONG = ("tokenizer.model", "tokenizer.json", "LICENSE*", "MODEL_LICENSE*")
+LAYERS = {"original": "transformer.encoder.layers.", "transformers": "model.layers."}
 _MUST_BE = {  # of the original config.json: what transformers' GLM computes, and no shape shows
     "rmsnorm": True,
     "post_layer_norm": True,
@@ -56,7 +56,7 @@ def sizes(config: Mapping[str, Any], family: Family | None = None) -> dict[str, 
     """
     if config.get("model_type") == "glm":
         return _transformers_sizes(config)
-    if config.get("model_type") != "chatglm" or "multi_query_group_num" not in config:
+    if not is_original(config):
         raise ValueError(
             f"config.json is of type {config.get('model_type')!r}, and not that of ChatGLM2, ChatGLM3 or GLM-4 "
             f"(no multi_query_group_num)"
@@ -118,7 +118,7 @@ def entries(config: Any) -> Iterator[Entry]:
     yield Entry("transformer.embedding.word_embeddings.weight", ("model.embed_tokens.weight",))
     num_rows = (config.num_attention_heads * config.head_dim, *[config.num_key_value_heads * config.head_dim] * 2)
     for index in range(config.num_hidden_layers):
-        theirs, ours = f"{_LAYERS['original']}{index}.", f"{_LAYERS['transformers']}{index}."
+        theirs, ours = f"{LAYERS['original']}{index}.", f"{LAYERS['transformers']}{index}."
         yield Entry(f"{theirs}input_layernorm.weight", (f"{ours}input_layernorm.weight",))
         for kind in ("weight", "bias") if config.attention_bias else ("weight",):
             joint = tuple(f"{ours}self_attn.{name}_proj.{kind}" for name in ("q", "k", "v"))
@@ -139,9 +139,9 @@ def to_transformers(checkpoint: Checkpoint, config: Any) -> Checkpoint:
         ValueError: layers that `config` does not have, or a joint tensor of other rows.
     """
     if _layout_of(checkpoint) == "transformers":
-        check_depth(checkpoint, _LAYERS["transformers"], config.num_hidden_layers, "language model")
+        check_depth(checkpoint, LAYERS["transformers"], config.num_hidden_layers, "language model")
         return checkpoint
-    check_depth(checkpoint, _LAYERS["original"], config.num_hidden_layers, "language model")
+    check_depth(checkpoint, LAYERS["original"], config.num_hidden_layers, "language model")
     shapes = dict(checkpoint.shapes)
     reads: dict[str, Callable[[], Tensor]] = {}
     for entry in entries(config):
@@ -222,13 +222,8 @@ def convert(
         ValueError: a target that is not empty, another model, or tensors that are missing, unexpected or of another
             shape than the config says, by name.
     """
-    config_there = read_config(source)
-    config = _full_config(config_there, family)
-    stored = open_folder(source)
-    _check_whole(stored, config)
-    checkpoint = to_transformers(stored, config)
-    wanted = [name for entry in entries(config) for name in entry.ours]
-    checkpoint = Checkpoint(checkpoint.path, {name: checkpoint.shapes[name] for name in wanted}, checkpoint.read)
+    config = full_config(read_config(source), family)
+    checkpoint = whole(open_folder(source), config)
     if layout == "original":
         checkpoint = to_original(checkpoint, config)
     metadata = {"source": str(source), "family": family}
@@ -237,12 +232,29 @@ def convert(
         config.save_pretrained(target)
     else:
         writing.write_json(target / "config.json", original_config(config))
-    writing.copy_files(source, target, _COMES_ALONG)
+    writing.copy_files(source, target, COMES_ALONG)
     return target
 
 
+def whole(stored: Checkpoint, config: Any) -> Checkpoint:
+    """A whole model, of either layout, under transformers' names; what is computed from the config stays behind.
+
+    Raises:
+        ValueError: tensors that are missing, unexpected or of another shape than the config says, by name.
+    """
+    _check_whole(stored, config)
+    checkpoint = to_transformers(stored, config)
+    wanted = [name for entry in entries(config) for name in entry.ours]
+    return Checkpoint(checkpoint.path, {name: checkpoint.shapes[name] for name in wanted}, checkpoint.read)
+
+
+def is_original(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of the original folder of one of these families."""
+    return config.get("model_type") == "chatglm" and "multi_query_group_num" in config
+
+
 def _layout_of(checkpoint: Checkpoint) -> Layout:
-    theirs = any(name.startswith(_LAYERS["transformers"]) for name in checkpoint.shapes)
+    theirs = any(name.startswith(LAYERS["transformers"]) for name in checkpoint.shapes)
     return "transformers" if theirs else "original"
 
 
@@ -283,8 +295,8 @@ def _check(path: str, theirs: Mapping[str, Any], config: Any) -> None:
     check_equal(path, found["rope_interpolation"], interpolation, "rope_interpolation", "model.llm.rope_interpolation")
 
 
-def _full_config(theirs: Mapping[str, Any], family: Family) -> Any:
-    """transformers' configuration of the model in a folder, with what only generating needs"""
+def full_config(theirs: Mapping[str, Any], family: Family | None = None) -> Any:
+    """transformers' configuration of the model in a folder, with what only generating needs; see `sizes`."""
     config = glm_config(**sizes(theirs, family))
     config.architectures, config.use_cache = ["GlmForCausalLM"], True
     config.max_position_embeddings = theirs.get("seq_length", theirs.get("max_position_embeddings", 0))

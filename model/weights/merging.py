@@ -7,6 +7,7 @@ After QLoRA too the base is the unquantised one: adding into 4 bits and quantisi
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.weights import adapter_folder, chatglm_folder, visualglm
+from model.weights import adapter_folder, chatglm_folder, glm, visualglm
 from model.weights.adapter_folder import TRAINED
 from model.weights.checkpoint import Checkpoint, open_file, open_folder, read_config
 from model.weights.rows import head_by_head, in_blocks
 from model.weights.visualglm import LANGUAGE_MODEL, QkvOrder
 
 _JOINT = "query_key_value"
+_FAMILIES = typing.get_args(glm.Family)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ def merged(
 ) -> Checkpoint:
     """`base` (a Hugging Face folder) with the adapter in it, each tensor worked out when it is asked for.
 
-    Projection, Q-Former and `ln_vision` that trained beside it replace VisualGLM's where the base is VisualGLM.
+    Its names are the base's, or transformers' where `renamed` says so.  Projection, Q-Former and `ln_vision` that trained beside it replace VisualGLM's where the base is VisualGLM.
 
     Args:
         qkv_order: of the base's `query_key_value`, where it has one; None where `conversion.json` tells.
@@ -93,9 +95,13 @@ def merged(
     adapter_folder.warn_of_other_base(about, base, adapter)
     checkpoint, config = open_folder(base), read_config(base)
     updates = read_updates(adapter) if "llm" in about["adapters"] else {}
+    new_config = renamed(base, adapter)
+    if new_config is not None:
+        checkpoint = glm.whole(checkpoint, new_config)  # only names change, and q, k and v are cut apart
     _check(checkpoint, updates, base)
     num_heads, order = 0, "per_head"
-    if any(module.endswith(_JOINT) for module in updates) and config.get("model_type") == "chatglm":
+    is_chatglm = config.get("model_type") == "chatglm" and not glm.is_original(config)  # whose q, k and v are in blocks
+    if any(module.endswith(_JOINT) for module in updates) and is_chatglm:
         num_heads = config["num_attention_heads"]
         recorded = visualglm.recorded_order(base)
         order = visualglm.resolve_order(checkpoint, qkv_order, num_heads=num_heads, recorded=recorded)
@@ -115,6 +121,30 @@ def merged(
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     return Checkpoint(f"{base} with {adapter}", checkpoint.shapes, read)
+
+
+def renamed(base: Path, adapter: Path) -> Any:
+    """transformers' configuration where the base is the original folder of ChatGLM2, ChatGLM3 or GLM-4 and the adapter
+    was trained on transformers' GLM, as here, which keeps q, k and v apart: the merged model is one of transformers'.
+
+    Everywhere else None: the merged model has the base's names and `config.json`.
+
+    Raises:
+        ValueError: numbers that only the family tells, which the adapter does not.
+    """
+    about, config = adapter_folder.read_about(adapter), read_config(base)
+    if "llm" not in about["adapters"] or not glm.is_original(config):
+        return None
+    if not any(module.startswith(glm.LAYERS["transformers"]) for module in read_updates(adapter)):
+        return None  # peft's own, on the original code
+    family = str(about.get("template")).removesuffix("Codec").lower()
+    try:
+        return glm.full_config(config, family if family in _FAMILIES else None)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ValueError(
+            f"{base}: {error}; convert it first: python scripts/convert_weights.py glm {base} TARGET --family "
+            f"{'|'.join(_FAMILIES)} --to transformers"
+        ) from error
 
 
 def left_over(base: Path, adapter: Path) -> bool:
