@@ -26,6 +26,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.weights import chatglm_folder, glm, sat, sat_lora, visualglm, visualglm_convert
+from model.weights.checkpoint import read_json
 
 
 def convert_visualglm(args: argparse.Namespace) -> str:
@@ -38,7 +39,10 @@ def convert_visualglm(args: argparse.Namespace) -> str:
         reference=reference,
         leave_lora=args.leave_lora,
     )
-    return f"rows of query_key_value: {visualglm.recorded_order(args.target)}"
+    record = read_json(args.target / visualglm.RECORD)
+    found = f"rows of query_key_value: {record['qkv_order']}"
+    left_out = ", ".join(f"{name} ({count})" for name, count in record["left_out"].items())
+    return f"{found}; left out, since nothing in them is learned: {left_out}" if left_out else found
 
 
 def convert_adapter(args: argparse.Namespace) -> str:

@@ -29,6 +29,9 @@ Sizes = Mapping[str, Mapping[str, Any]]  # of vision, qformer and llm, as `sat.s
 LANGUAGE_MODEL, PROJECTION, LN_VISION = "language model", "projection", "ln_vision"
 RECORD = "conversion.json"
 FIRST_QKV = "transformer.layers.0.attention.query_key_value.weight"
+FREQUENCIES = ".rotary_emb.inv_freq"  # SAT's once, Hugging Face's in every layer
+_COUNTED = ".position_ids"  # 0, 1, 2, ..., which older transformers saved with ViTs and BERTs
+_OLD_POSITIONS = "transformer.position_embeddings.weight"  # of SAT before it left out what ChatGLM does not use
 
 
 @dataclass(frozen=True)
@@ -140,6 +143,11 @@ def shape_there(entry: Entry, sizes: Sizes) -> tuple[int, ...]:
     return weight if kind == "weight" else weight[:1]
 
 
+def holds_nothing_learned(name: str) -> bool:
+    """Tables that published checkpoints keep beside the weights: computed from the config, or never used."""
+    return name.endswith((FREQUENCIES, _COUNTED)) or name == _OLD_POSITIONS
+
+
 def in_our_names(checkpoint: Checkpoint, table: list[Entry], model: nn.Module, order: QkvOrder) -> Checkpoint:
     """The same checkpoint as the model would name it, every tensor still read when it is asked for."""
     targets = dict(model.named_parameters())
@@ -183,7 +191,7 @@ def load(
     parts = [Part(ours, (ours,), entry.block) for entry in table for ours in entry.ours]
     report = fill(model, in_our_names(checkpoint, table, model, order), parts, must=must)
     report.notes.append(f"the language model's query-key-value rows were read as {order!r}")
-    left = [name for name in report.ignored if "inv_freq" not in name]
+    left = [name for name in report.ignored if not holds_nothing_learned(name)]
     if left:
         report.notes.append(f"not part of this model: {', '.join(sorted(left)[:5])}{' ...' if len(left) > 5 else ''}")
     return report
@@ -328,7 +336,8 @@ def _check_depths(model: nn.Module, checkpoint: Checkpoint, table: list[Entry]) 
     """More layers there than here would be left out without a word."""
     known = {entry.theirs for entry in table}
     deeper = [name for name in checkpoint.shapes if ".layers." in f".{name}" and name not in known]
-    deeper = [name for name in deeper if "lora" not in name and "matrix_" not in name and "inv_freq" not in name]
+    deeper = [name for name in deeper if "lora" not in name and "matrix_" not in name]
+    deeper = [name for name in deeper if not holds_nothing_learned(name)]
     if deeper:
         raise ValueError(
             f"{checkpoint.path} has layers that this model does not: {len(deeper)} tensors (first: {min(deeper)}). Set "

@@ -1,10 +1,13 @@
 """VisualGLM from SAT's layout to Hugging Face's and back, tensor by tensor, without building a model.
 
-What is written records its row order in `conversion.json`, so that nobody has to ask again.
+What is written records its row order in `conversion.json`, so that nobody has to ask again, and which tables of the
+source it left out.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +18,7 @@ from torch import Tensor
 from model.weights import chatglm_folder, names, sat, visualglm, writing
 from model.weights.checkpoint import Checkpoint, Config, open_folder
 from model.weights.checkpoint import read_config as read_huggingface_config
-from model.weights.visualglm import RECORD, Entry, QkvOrder, Shape
+from model.weights.visualglm import FREQUENCIES, RECORD, Entry, QkvOrder, Shape, holds_nothing_learned
 
 Layout = Literal["sat", "huggingface"]
 USUAL_ORDER: Mapping[str, QkvOrder] = {"sat": "blocks", "huggingface": "per_head"}
@@ -35,8 +38,6 @@ _SAME_KEYS = {  # SAT's model_config.json <-> Hugging Face's config.json
     "eva_args": "eva_config",
     "qformer_args": "qformer_config",
 }
-_FREQUENCIES = ".rotary_emb.inv_freq"  # SAT's once, Hugging Face's in every layer
-_OLD_POSITIONS = "transformer.position_embeddings.weight"  # of SAT before it left out what ChatGLM does not use
 _COMES_ALONG = ("ice_text.model", "tokenizer_config.json", "LICENSE*", "MODEL_LICENSE*")
 
 
@@ -85,13 +86,14 @@ def convert(
     new_order = target_order or USUAL_ORDER[to]
     converted = renamed(checkpoint, Shape.of_sizes(sizes), (layout, order), (to, new_order))
     metadata = {"source": str(source), "qkv_order": new_order, "source_qkv_order": order}
+    left_out = _by_kind([name for name in checkpoint.shapes if holds_nothing_learned(name)])
     if to == "huggingface":
         writing.write_folder(converted, target, max_shard_bytes=max_shard_bytes, metadata=metadata)
         writing.write_json(target / "config.json", _config(config, to))
     else:
         tensors = {name: converted.read(name) for name in converted.shapes}  # SAT knows one file; ours are mapped
         sat.write_tensors(tensors, target, _config(config, to), num_heads=config["num_attention_heads"])
-    writing.write_json(target / RECORD, metadata)
+    writing.write_json(target / RECORD, {**metadata, "left_out": left_out})
     writing.copy_files(source, target, _COMES_ALONG)
     return target
 
@@ -142,9 +144,14 @@ def _check(checkpoint: Checkpoint, layout: Layout, sizes: visualglm.Sizes) -> No
     expected = {entry.theirs: visualglm.shape_there(entry, sizes) for entry in _table(Shape.of_sizes(sizes), layout)}
     # the number of heads is in the shape of no weight, but in that of the table of frequencies
     num_frequencies = len(range(0, width // num_heads // 2, 2))
-    tables = [name for name in checkpoint.shapes if name.endswith(_FREQUENCIES)]
+    tables = [name for name in checkpoint.shapes if name.endswith(FREQUENCIES)]
     expected |= dict.fromkeys(tables, (num_frequencies,))
-    names.check_whole(checkpoint, expected, computed=lambda name: name == _OLD_POSITIONS)
+    names.check_whole(checkpoint, expected, computed=holds_nothing_learned)
+
+
+def _by_kind(names: list[str]) -> dict[str, int]:
+    """Names with a star for the number of a layer -> how many of them there are."""
+    return dict(Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names))
 
 
 def _config(config: Mapping[str, Any], to: Layout) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.weights import chatglm_folder, sat, visualglm, visualglm_convert
@@ -107,6 +107,57 @@ def test_tables_that_are_computed_stay_behind(folder: Path, to: visualglm_conver
     out = converted(folder, to=to, qkv_order="blocks")
     found = sat.open_folder(out) if to == "sat" else open_folder(out)
     assert not extra.keys() & found.shapes.keys() and len(found.shapes) > 100
+
+
+# What Hugging Face's checkpoints of ChatGLM-6B and of ViTs and BERTs keep beside the weights
+BUFFERS = {
+    "transformer.rotary_emb.inv_freq": torch.zeros(2),
+    **{f"transformer.layers.{index}.attention.rotary_emb.inv_freq": torch.zeros(2) for index in range(3)},
+    "image_encoder.vit.embeddings.position_ids": torch.arange(5)[None],
+    "image_encoder.qformer.transformer.layers.0.position_ids": torch.arange(5)[None],
+}
+
+
+def hugging_faces(folder: Path, **more: Tensor) -> Path:
+    there = converted(folder).rename(folder.with_name("hf"))
+    (there / "conversion.json").unlink()  # as nobody of ours has written it
+    tensors = load_file(there / "model.safetensors")
+    save_file({**tensors, **more}, there / "model.safetensors")
+    return there
+
+
+def test_a_published_folder_is_read_past_its_buffers_which_are_named(folder: Path, repo_root: Path) -> None:
+    there = hugging_faces(folder, **BUFFERS)
+    words = ["visualglm", there, there.with_name("out"), "--to", "sat", "--qkv-order", "per_head"]
+    command = [sys.executable, "scripts/convert_weights.py", *map(str, words)]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = {
+        "image_encoder.qformer.transformer.layers.*.position_ids": 1,
+        "image_encoder.vit.embeddings.position_ids": 1,
+        "transformer.layers.*.attention.rotary_emb.inv_freq": 3,
+        "transformer.rotary_emb.inv_freq": 1,
+    }
+    assert json.loads((there.with_name("out") / "conversion.json").read_text())["left_out"] == told
+    for name, count in told.items():
+        assert f"{name} ({count})" in done.stdout.partition("left out, since nothing in them is learned: ")[2]
+    expected, found = sat.read_newest(folder), sat.read_newest(there.with_name("out"))
+    assert all(torch.equal(found[name], expected[name]) for name in expected.keys() - {sat.INV_FREQ})
+
+    model = chat_model(2)
+    report = chatglm_folder.load(model, there, qkv_order="per_head")
+    assert set(report.ignored) == set(BUFFERS) and not report.new
+    assert "not part of this model" not in str(report) and "vit.embeddings.position_ids" in str(report)
+
+
+def test_beside_buffers_a_tensor_that_nobody_knows_is_still_an_error(folder: Path) -> None:
+    unknown = {
+        "transformer.prefix_encoder.embedding.weight": torch.zeros(4, 8),
+        "image_encoder.vit.ids": torch.zeros(2),
+    }
+    found = refused(hugging_faces(folder, **BUFFERS, **unknown), to="sat")
+    assert "2 unexpected (image_encoder.vit.ids, transformer.prefix_encoder.embedding.weight)" in found
+    assert not any(name in found for name in BUFFERS)
 
 
 def test_only_what_is_written_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
