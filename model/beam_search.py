@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.generation import Chooser, Decoding
+from model.generation import NOT_NUMBERS, Chooser, Decoding
 from model.llm.base import LanguageModel
 
 NEVER = float("-inf")
@@ -35,7 +35,7 @@ def beam_search(
     Args:
         rows: of as many beams each, and the same limits; see `model.generation.Decoding`.
     Raises:
-        ValueError: rows that differ in more than their repetition penalty.
+        ValueError: rows that differ in more than their repetition penalty, or logits that are no numbers.
     """
     assert llm.codec is not None
     first, num_rows, device = _alike(rows), len(ids_BL), ids_BL.device
@@ -51,6 +51,8 @@ def beam_search(
     beams = _Beams(first, num_rows, stop, llm.codec.pad_id)
     for step in range(first.max_new_tokens):
         log_p_BKV = llm.logits(hidden_BKD).to(device).float().log_softmax(dim=-1)
+        if bool(log_p_BKV.isnan().any()):  # would be the likeliest of all
+            raise ValueError(NOT_NUMBERS)
         log_p_BKV = chooser.adjusted(log_p_BKV, step).unflatten(0, (num_rows, num_beams))
         parent_BK = beams.grow(log_p_BKV, step)
         if step + 1 == first.max_new_tokens or not (never_early or beams.any_open):

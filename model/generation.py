@@ -17,6 +17,10 @@ from torch import Tensor
 from data.batch import DialogueCodec
 from model.llm.base import LanguageModel
 
+NOT_NUMBERS = (
+    "the language model's logits are not numbers (NaN): in float16 its values overflow; use bfloat16 or float32"
+)
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -112,10 +116,7 @@ class Generation:
         self.num_said += 1
         said = next_B.tolist()
         if -1 in said:
-            raise ValueError(
-                "the language model's logits are not numbers (NaN): in float16 its values overflow; use bfloat16 or "
-                "float32"
-            )
+            raise ValueError(NOT_NUMBERS)
         found = [token if running else None for token, running in zip(said, self.running, strict=True)]
         self.last_B = torch.where(
             torch.tensor(self.running, device=device), next_B, torch.full_like(next_B, self.codec.pad_id)

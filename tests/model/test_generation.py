@@ -292,11 +292,14 @@ def test_seeds_decide_and_without_one_torchs_own_does(models: dict[str, Language
     assert drawn[0] == drawn[2] != drawn[1] and drawn[0][0] != drawn[0][1]
 
 
-def test_logits_that_overflowed_are_an_error_and_no_token() -> None:
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_logits_that_overflowed_are_an_error_and_no_token(num_beams: int) -> None:
     llm = Scripted(chain((5, 6)).index_fill(0, torch.tensor([6]), float("nan")))
     ids_BL = torch.tensor([[5]])
     with pytest.raises(ValueError, match="not numbers.*bfloat16"):
-        generate(llm, llm.embed(ids_BL), ids_BL, torch.ones_like(ids_BL, dtype=torch.bool), Decoding(4))
+        generate(
+            llm, llm.embed(ids_BL), ids_BL, torch.ones_like(ids_BL, dtype=torch.bool), Decoding(4, num_beams=num_beams)
+        )
 
 
 @pytest.mark.parametrize(

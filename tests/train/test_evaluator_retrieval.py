@@ -156,6 +156,18 @@ def test_a_model_that_finds_everything_alike_finds_nothing() -> None:
     assert reranked(other, {0}, [9.0, 9.0], 2).rank == {"itc": 3, "itm": 3}, "ITM was not asked about it"
 
 
+def test_a_model_whose_numbers_are_none_finds_nothing() -> None:
+    """NaN is not larger than anything: counting what is would put every right one first."""
+    nan = float("nan")
+    (broken,) = ranked([0], torch.full((1, 4), nan), [{2}], 4)
+    assert broken.rank["itc"] == 4
+    (one,) = ranked([0], torch.tensor([[0.5, nan, 0.4, 0.6]]), [{0}], 4)
+    assert one.rank["itc"] == 3
+    (fine,) = ranked([0], torch.tensor([[0.9, 0.5, 0.4, 0.3]]), [{0, 3}], 4)
+    assert reranked(fine, {0, 3}, [nan] * 4, 4).rank == {"itc": 1, "itm": 3}
+    assert reranked(fine, {0, 3}, [nan, 1.0, 0.0, 1.0], 4).rank["itm"] == 2, "3 gets 1.3, 1 gets 1.5, 2 gets 0.4"
+
+
 def test_the_model_is_left_as_it_was(tokenizer_dir: Path) -> None:
     model = small_model(codec(tokenizer_dir).vocab_size)
     model.train()

@@ -7,6 +7,7 @@ Shape letters   I = images   T = texts   K = this rank's images   R = rows of a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -39,13 +40,16 @@ class Ranking:
 
 
 def ranked(rows: Sequence[int], cosine_RC: Tensor, right: Sequence[set[int]], number: int) -> list[Ranking]:
-    """ITC's order.  `right` is of all rows, and those here have at least one; `number` candidates are kept."""
+    """ITC's order.  `right` is of all rows, and those here have at least one; `number` candidates are kept.
+
+    Where a model's numbers are none (NaN), nothing is nearer than anything else: the right ones come last.
+    """
     pairs = [(place, candidate) for place, row in enumerate(rows) for candidate in right[row]]
     row_P, candidate_P = torch.tensor(pairs, device=cosine_RC.device).unbind(1)
     right_RC = torch.zeros(cosine_RC.shape, dtype=torch.bool, device=cosine_RC.device)
     right_RC[row_P, candidate_P] = True
     best_right_R = cosine_RC.masked_fill(~right_RC, -torch.inf).amax(dim=1)
-    rank_R = 1 + ((cosine_RC >= best_right_R[:, None]) & ~right_RC).sum(dim=1)
+    rank_R = 1 + (~(cosine_RC < best_right_R[:, None]) & ~right_RC).sum(dim=1)
     cosine_RN, best_RN = cosine_RC.topk(min(number, cosine_RC.shape[1]), dim=1)
     return [
         Ranking(index, {"itc": rank}, best, cosine)
@@ -57,10 +61,10 @@ def reranked(row: Ranking, right: set[int], logits: Sequence[float], number: int
     """The best `number` by ITM logit + cosine, the others behind them in ITC's order."""
     first, behind = row.best[:number], row.best[number:]
     score = {candidate: logit + row.cosine[k] for k, (candidate, logit) in enumerate(zip(first, logits, strict=True))}
-    best_right = max((score[candidate] for candidate in first if candidate in right), default=None)
     rank = row.rank["itc"]  # a right one that ITM was not asked about stays where it was
-    if best_right is not None:
-        rank = 1 + sum(score[candidate] >= best_right for candidate in first if candidate not in right)
+    if found := [score[candidate] for candidate in first if candidate in right]:
+        best_right = max(-math.inf if math.isnan(value) else value for value in found)
+        rank = 1 + sum(not score[candidate] < best_right for candidate in first if candidate not in right)
     order = sorted(first, key=lambda candidate: -score[candidate])
     return replace(row, rank={**row.rank, "itm": rank}, best=[*order, *behind])
 
