@@ -45,9 +45,7 @@ class ChatMessage(Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | Annotated[list[Part], Field(max_length=256)]
     name: str | None = None
-    refusal: None = None  # these three come back in the messages of OpenAI's own clients
-    audio: None = None
-    annotations: list[Any] | None = None
+    annotations: list[Any] | None = None  # comes back in the messages of OpenAI's own clients
 
     @property
     def text(self) -> str:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import ClientDisconnect, Request
 
 from serve.guard import Refused
@@ -24,9 +24,17 @@ Found = TypeVar("Found", bound=BaseModel)
 
 
 class Strict(BaseModel):
-    """A mistyped name or a number in quotes is an error, not something else that happens."""
+    """A mistyped name or a number in quotes is an error, not something else that happens.
+
+    A field that is null was not given, as OpenAI's clients mean it: they send many, and send back those of answers.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        return {name: value for name, value in given.items() if value is not None} if isinstance(given, dict) else given
 
 
 async def read(request: Request, kind: type[Found], *, seconds: float) -> Found:

@@ -220,6 +220,27 @@ def test_labels_and_neutral_values_are_taken(client: openai.OpenAI) -> None:
     assert found.usage is not None and found.usage.completion_tokens <= 2
 
 
+def test_what_is_null_was_not_given(client: openai.OpenAI, server: Live) -> None:
+    """OpenAI's clients write null where nothing is meant, and an answer's own message is full of it."""
+    messages: Any = [{"role": "user", "content": "Q"}]
+    how: Any = {"model": NAME, "max_tokens": 9, "temperature": 0}
+    first = client.chat.completions.create(messages=messages, **how)
+    message = first.choices[0].message.model_dump()
+    assert message["tool_calls"] is None, "this is what the test is about"
+    messages += [message, {"role": "user", "content": "图片", "name": None}]
+    nulls: Any = {"stream": None, "tools": None, "logit_bias": None, "top_logprobs": None, "seed": None}
+    found = client.chat.completions.create(messages=messages, extra_body={"top_k": None}, **how, **nulls)
+    _, history = server.session.chat(None, "Q", temperature=0, max_new_tokens=9)
+    expected, _ = server.session.chat(None, "图片", history, temperature=0, max_new_tokens=9)
+    assert found.choices[0].message.content == expected
+    body = {"text": "Q", "temperature": 0, "max_length": 40}
+    answers = [
+        httpx.post(server.url, json=body | more, timeout=WAIT) for more in ({}, {"history": None, "top_p": None})
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200]
+    assert answers[0].json()["result"] == answers[1].json()["result"]
+
+
 # ------------------------------------------------------------------------------------------------- many, slow, and gone
 
 
