@@ -36,7 +36,9 @@ def main() -> None:
 
 def build_llm(config: DictConfig, run: Any, sources: Any) -> Any:
     """A language model from its sizes, or a small one that rank 0 warms up on the run's own dialogues (`_partial_`)."""
-    made = build(config.model.llm)
+    from model.assemble import language_model
+
+    made = language_model(config.model)
     if not isinstance(made, partial):
         if made.codec is None:
             raise ValueError("model.llm has no tokenizer: set model.llm.tokenizer")
@@ -71,11 +73,12 @@ def some_dialogues(sources: Any, about: int = 6000) -> tuple[list[Any], list[Any
 def build_stage(config: DictConfig, run: Any, llm: Any) -> Any:
     """Model with its starting weights, what is put on it to learn, and the objective."""
     from model.assemble import assemble
+    from train.run import home_of_frozen
     from train.stage import Stage
 
     if config.train.engine.zero_stage == 3:
         build(config.model.adapter).check_zero3()
-    model, report = assemble(config.model, llm, device=run.device)
+    model, report = assemble(config.model, llm, device=run.device, home=home_of_frozen(config, run))
     run.say(str(report))
     return Stage(model, build(config.train.loss), run.ranks)
 

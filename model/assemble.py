@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,17 +11,34 @@ import torch
 from model.build import build
 from model.llm.base import LanguageModel
 from model.visual_chat import VisualChatModel
-from model.weights.filling import LoadReport
+from model.weights import stage_two
+from model.weights.filling import Home, LoadReport, send_home
+
+
+def language_model(nodes: Mapping[str, Any], **changes: Any) -> LanguageModel | partial[Any]:
+    """The language model of a config's `model`, or what warms one up (`_partial_`).
+
+    Where a checkpoint brings its weights it is built without memory, and gets it as they arrive (`assemble`).
+
+    Args:
+        changes: of the node, where a checkpoint brings the weights.
+    """
+    node = nodes["llm"]
+    if not node.get("_partial_") and any(nodes["weights"].get(key) for key in stage_two.LANGUAGE_MODEL):
+        changes |= {"device": "meta", "initial_std": None}
+        return build(node, **changes)
+    return build(node)
 
 
 def assemble(
-    nodes: Mapping[str, Any], llm: LanguageModel, *, device: torch.device
+    nodes: Mapping[str, Any], llm: LanguageModel, *, device: torch.device, home: Home | None = None
 ) -> tuple[VisualChatModel, LoadReport]:
     """Stage two's model around a language model: its starting weights, then what is put on it to learn.
 
     Args:
         nodes: a config's `model`: vision, qformer, visual_chat, weights and adapter.
         device: where linear maps are quantised, if any are.
+        home: where weights live that were built without memory; None is `device`.
     Returns:
         The model, and what became of every tensor.
     """
@@ -30,6 +48,7 @@ def assemble(
     model: VisualChatModel = build(nodes["visual_chat"], vision=vision, qformer=qformer, llm=llm)
     adapter = build(nodes["adapter"])
     adapter.prepare(model, device=device)
+    send_home(model, home or Home(device))
     report = build(nodes["weights"])(model)
     adapter.attach(model, device=device)
     return model, report

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from model.assemble import assemble
-from model.build import build
+from model.assemble import assemble, language_model
 from model.llm.base import LanguageModel
 from model.quantise import quantise_linears, shape_like_quantised
 from model.spread import gpus, spread
@@ -25,6 +25,7 @@ from model.visual_chat import VisualChatModel
 from model.weights import adapter_folder, ours, sat, stage_two, visualglm, visualglm_convert
 from model.weights.adapter_folder import ABOUT, TRAINED
 from model.weights.checkpoint import open_file
+from model.weights.filling import Home, send_home
 
 CONFIG, TOKENIZER = "config.yaml", "ice_text.model"
 BITS = {None: None, "none": None, "4": 4, 4: 4, "8": 8, 8: 8}
@@ -161,15 +162,11 @@ def moved(node: Any, before: str, now: Path) -> Any:
 
 
 def _language_model(nodes: Mapping[str, Any], how: _How) -> LanguageModel:
-    node, weights = nodes["llm"], nodes["weights"]
-    if node.get("_partial_"):  # one that the run warmed up
+    llm = language_model(nodes, dtype=how.dtype)
+    if isinstance(llm, partial):  # one that the run warmed up
         from model.llm.warm_up import load as load_warm
 
-        llm: LanguageModel = load_warm(Path(node["folder"]))
-    elif weights.get("llm") or weights.get("visualglm"):
-        llm = build(node, device="meta", initial_std=None, dtype=how.dtype)
-    else:
-        llm = build(node)
+        llm = load_warm(Path(nodes["llm"]["folder"]))
     quantises_itself = str(nodes["adapter"]["_target_"]).endswith("QLora")
     if how.bits is not None and not quantises_itself:
         quantise(llm, how)
@@ -207,6 +204,7 @@ def _visualglm(
         quantise(llm, how)
     qformer = QFormer(vocab_size=1, pad_id=0, dropout=0.0, **sizes["qformer"])
     model = VisualChatModel(eva_vit(**sizes["vision"]), qformer, llm)
+    send_home(model, Home(how.device))
     stage_two.initialise(model, visualglm=str(path), qkv_order=qkv_order)
     return model
 

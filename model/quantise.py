@@ -87,12 +87,12 @@ def nf4_class() -> Any:
 
         def receive(self, kind: str, tensor: Tensor) -> None:
             """`weight` (O, I) or `bias` (O,), in the dtype that the network was built in."""
-            tensor = tensor.detach().to(self.source_dtype)
-            if kind == "bias":
-                self.bias = nn.Parameter(tensor.to(self.home), requires_grad=False)
+            tensor = tensor.detach()
+            if kind == "bias":  # copied: a view of a file would keep the whole of it
+                self.bias = nn.Parameter(tensor.to(self.home, self.source_dtype, copy=True), requires_grad=False)
                 return
             whole = Params4bit(
-                tensor.contiguous(),
+                tensor.to(self.source_dtype).contiguous(),
                 requires_grad=False,
                 compress_statistics=self.double_quantisation,
                 quant_type="nf4",
@@ -140,7 +140,7 @@ def int8_class() -> Any:
             """`weight` (O, I) or `bias` (O,)"""
             tensor = tensor.detach()
             if kind == "bias":
-                self.bias = nn.Parameter(tensor.to(self.home, self.source_dtype), requires_grad=False)
+                self.bias = nn.Parameter(tensor.to(self.home, self.source_dtype, copy=True), requires_grad=False)
                 return
             whole = Int8Params(tensor.cpu().contiguous(), requires_grad=False, has_fp16_weights=False)
             self.weight = whole.to(self.home)  # this is what quantises, on the way from the CPU

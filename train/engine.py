@@ -42,8 +42,48 @@ def store_frozen(stage: nn.Module, precision: str) -> None:
         if parameter.requires_grad:
             if parameter.dtype != torch.float32:
                 raise ValueError(f"{name} trains but is {parameter.dtype}; trainable parameters are fp32")
-        elif parameter.is_floating_point():
+        elif parameter.is_floating_point() and not is_divided(parameter):  # which arrived so (`Divider`)
             parameter.data = parameter.data.to(PRECISIONS[precision])
+
+
+class Divider:
+    """ZeRO-3: of a frozen weight that has just arrived, each rank keeps its part, as the engine would later.
+
+    So no rank ever holds more than one of them whole.  Every rank has to hand in the same weights in the same order.
+
+    Raises ValueError for what `Engine` refuses.
+    """
+
+    def __init__(self, device: torch.device, *, offload: bool, deepspeed: Mapping[str, Any]) -> None:
+        self._library = _import_deepspeed(device)
+        _ensure_process_group(device)
+        self._config = _deepspeed_config(3, offload, "fp32", 1, 1, 0.0, user=deepspeed)
+        self._first: Any = None
+
+    def __call__(self, parameter: nn.Parameter) -> None:
+        if self._first is None:
+            self._first = parameter
+            self._library.zero.Init(
+                nn.ParameterList([parameter]), config_dict_or_path=self._config, dtype=parameter.dtype
+            )
+        else:  # as DeepSpeed's own ZeRO-3 takes in what was not divided yet
+            self._first.convert_to_zero_parameters(param_list=[parameter])
+
+
+@contextmanager
+def whole(parameter: nn.Parameter) -> Iterator[Tensor]:
+    """What a weight is, also where it is divided among ranks; then every rank has to ask."""
+    if not is_divided(parameter):
+        yield parameter.detach()
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=None):
+        yield parameter.detach()
+
+
+def is_divided(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id")
 
 
 class Engine:

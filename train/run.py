@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
+from model.weights.filling import Home
 from train.best import BestMetric
 from train.checkpoint import (
     Checkpoints,
@@ -26,7 +27,16 @@ from train.checkpoint import (
     read_state,
 )
 from train.distributed import Ranks
-from train.engine import Engine, close_process_group, resolve_precision, store_frozen
+from train.engine import (
+    PRECISIONS,
+    Divider,
+    Engine,
+    close_process_group,
+    is_divided,
+    resolve_precision,
+    store_frozen,
+    whole,
+)
 from train.optim import format_table, groups_table, lr_factor, parameter_groups
 from train.tracking import Tracker, WandbWriter
 from train.trainer import Loader, Trainer
@@ -83,7 +93,8 @@ def train(
     precision = resolve_precision(config.train.precision, run.device)
     checkpoints = Checkpoints(run.dir, ranks, keep=config.train.keep_checkpoints)
     newest, damaged = checkpoints.newest()
-    frozen = frozen_fingerprint(stage) if ranks.is_first else {}
+    asks = ranks.is_first or any(is_divided(parameter) for parameter in stage.parameters())
+    frozen = frozen_fingerprint(stage, whole=whole) if asks else {}
     state: Mapping[str, Any] = {} if newest is None else read_state(newest)
     if newest is not None:
         _check_resume(config, run, newest, state, loader, ranks.broadcast_object(frozen))
@@ -239,6 +250,16 @@ def make_engine(config: DictConfig, run: Run, stage: nn.Module, precision: str) 
     )
 
 
+def home_of_frozen(config: DictConfig, run: Run) -> Home:
+    """Where large frozen weights live: straight on this rank's device; under ZeRO-3 this rank's part of each alone."""
+    engine = config.train.engine
+    if engine.zero_stage < 3:
+        return Home(run.device)
+    plain: Any = OmegaConf.to_container(engine.deepspeed, resolve=True)
+    dtype = PRECISIONS[resolve_precision(config.train.precision, run.device)]
+    return Home(run.device, dtype, Divider(run.device, offload=engine.offload, deepspeed=plain))
+
+
 def flat_rates(node: Mapping[str, Any], before: str = "") -> dict[str, float]:
     """`train.optim.part_lr.model.projection=...` on the command line comes as sections, in a file with dots."""
     found: dict[str, float] = {}
@@ -299,9 +320,11 @@ def _trained_table(stage: nn.Module, precision: str) -> str:
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    """Weights, also where two of them share a byte."""
+    """Weights, also where two of them share a byte, and of all ranks together where they are divided."""
     quantised = getattr(parameter, "quant_state", None)
-    return parameter.numel() if quantised is None else torch.Size(quantised.shape).numel()
+    if quantised is not None:
+        return torch.Size(quantised.shape).numel()
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _stored_as(parameter: nn.Parameter) -> str:

@@ -1,20 +1,51 @@
 """Filling a model from a checkpoint, tensor by tensor, and telling what became of every one of them.
 
-A format is a list of `Part`s: which tensor of the checkpoint goes where in the model.
+A format is a list of `Part`s: which tensor of the checkpoint goes where in the model.  A large frozen part is built
+without memory, on the meta device; each of its tensors goes straight to its `Home` when it is read, so that the host
+holds one of them at a time and never the model.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.weights.checkpoint import Checkpoint
 
 Rows = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where weights that were built without memory live once they are read.
+
+    dtype: of those that do not train; None is what they were built in.
+    keep: called with each weight that does not train as soon as it is there, keeps this rank's part of it (ZeRO-3).
+    """
+
+    device: torch.device = torch.device("cpu")
+    dtype: torch.dtype | None = None
+    keep: Callable[[nn.Parameter], None] | None = None
+
+
+def send_home(model: nn.Module, home: Home) -> None:
+    """Says where what is still without memory shall live; without this, on the CPU.  Quantised maps know it already
+    (`model/quantise.py`)."""
+    for parameter in model.parameters():
+        if parameter.is_meta:
+            setattr(parameter, _HOME, home)
+
+
+_HOME, _OUTLINE = "home", "outline"  # on a parameter without memory; on one that is divided: what it was built as
+
+
+def _outline(parameter: nn.Parameter) -> nn.Parameter | None:
+    """What the parameter was built as, where its tensor has to arrive; None where there is memory to copy it to."""
+    return parameter if parameter.is_meta else getattr(parameter, _OUTLINE, None)
 
 
 @dataclass(frozen=True)
@@ -95,10 +126,12 @@ def fill(model: nn.Module, checkpoint: Checkpoint, parts: Iterable[Part], *, mus
         source = checkpoint.first_of(part.sources)
         assert source is not None
         used.update(name for name in part.sources if name in checkpoint.shapes)  # a tied copy is no leftover
-        if targets[part.target].is_meta:
-            _arrive(model, part, targets[part.target], checkpoint, source, report)
+        target = model.get_parameter(part.target)  # not of `targets`: an earlier part may have given it memory
+        outline = _outline(target)
+        if outline is None:
+            _copy(target, part, checkpoint, source, report)
         else:
-            _copy(targets[part.target], part, checkpoint, source, report)
+            _arrive(model, part, outline, checkpoint, source, report)
     touched = {_whole(name) for name in report.loaded}
     report.new.update({name: p.numel() for name, p in targets.items() if name not in touched})
     report.ignored = {name: _size(shape) for name, shape in checkpoint.shapes.items() if name not in used}
@@ -140,10 +173,7 @@ def _copy(target: nn.Parameter, part: Part, checkpoint: Checkpoint, source: str,
         name = f"{name} rows 0 to {shape[0] - 1}"
     if _size(shape) != destination.numel() or (shape and tuple(destination.shape) != shape):
         taken = f"{list(shape)} of " if part.source_rows is not None else ""
-        raise ValueError(
-            f"{part.target} is {list(target.shape)} in the model, {source} is {taken}"
-            f"{list(checkpoint.shapes[source])} in {checkpoint.path}: they do not fit"
-        )
+        raise _misfit(part, target, checkpoint, source, taken)
     tensor = checkpoint.read(source)
     if part.source_rows is not None:
         tensor = tensor[part.source_rows[0] : part.source_rows[1]]
@@ -154,26 +184,38 @@ def _copy(target: nn.Parameter, part: Part, checkpoint: Checkpoint, source: str,
 
 
 def _arrive(
-    model: nn.Module, part: Part, target: nn.Parameter, checkpoint: Checkpoint, source: str, report: LoadReport
+    model: nn.Module, part: Part, outline: nn.Parameter, checkpoint: Checkpoint, source: str, report: LoadReport
 ) -> None:
-    """A parameter that was built without memory gets the tensor itself; a quantised map (model/quantise.py) takes it in
-    4 bits, so that the whole of it is never there at once."""
-    shape = checkpoint.shapes[source]
-    assert part.target_rows is None and part.source_rows is None and not part.grow, part
-    if tuple(target.shape) != shape:
-        raise ValueError(
-            f"{part.target} is {list(target.shape)} in the model, {source} is {list(shape)} in {checkpoint.path}: they "
-            f"do not fit"
-        )
+    """A parameter that was built without memory gets it where it will live; a quantised map (model/quantise.py) takes
+    the tensor in few bits, so that the whole of it is never there at once."""
+    assert part.source_rows is None and not part.grow, part
     owner, _, name = part.target.rpartition(".")
-    module, tensor = model.get_submodule(owner), checkpoint.read(source)
+    module = model.get_submodule(owner)
     receive = getattr(module, "receive", None)
     if receive is not None:
-        receive(name, tensor)
-    else:
-        whole = tensor.to(target.dtype, copy=True)
-        setattr(module, name, nn.Parameter(whole, requires_grad=target.requires_grad))
-    report.loaded[part.target] = target.numel()
+        if tuple(outline.shape) != checkpoint.shapes[source]:
+            raise _misfit(part, outline, checkpoint, source)
+        receive(name, checkpoint.read(source))
+        report.loaded[part.target] = outline.numel()
+        return
+    home: Home = getattr(outline, _HOME, Home())
+    whole, frozen = part.target_rows is None, not outline.requires_grad
+    make = torch.empty if whole else torch.zeros  # rows that no file has, as LAVIS's key bias, are 0
+    arrived = nn.Parameter(make(outline.shape, dtype=outline.dtype, device=home.device), outline.requires_grad)
+    _copy(arrived, part, checkpoint, source, report)
+    if home.dtype is not None and frozen:
+        arrived.data = arrived.data.to(home.dtype)
+    setattr(module, name, arrived)
+    if home.keep is not None and frozen and whole:
+        home.keep(arrived)
+        setattr(arrived, _OUTLINE, outline)
+
+
+def _misfit(part: Part, target: Tensor, checkpoint: Checkpoint, source: str, taken: str = "") -> ValueError:
+    return ValueError(
+        f"{part.target} is {list(target.shape)} in the model, {source} is {taken}{list(checkpoint.shapes[source])} in "
+        f"{checkpoint.path}: they do not fit"
+    )
 
 
 def _whole(name: str) -> str:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.weights.checkpoint import Checkpoint, open_file
 from model.weights.filling import LoadReport, Part, fill
@@ -58,7 +60,12 @@ def load_trained(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
     return fill(model, checkpoint, [Part(name, (name,), _block(name)) for name in own if name in checkpoint.shapes])
 
 
-def frozen_fingerprint(module: nn.Module, prefix: str = "") -> dict[str, Any]:
+def frozen_fingerprint(
+    module: nn.Module,
+    prefix: str = "",
+    *,
+    whole: Callable[[nn.Parameter], AbstractContextManager[Tensor]] = nullcontext,
+) -> dict[str, Any]:
     """Names and one hash of everything that does not train; no checkpoint has it, so whoever goes on from one must be
     given the same.
 
@@ -66,6 +73,7 @@ def frozen_fingerprint(module: nn.Module, prefix: str = "") -> dict[str, Any]:
 
     Args:
         prefix: of the names, where the module is a part of what was hashed.
+        whole: gives a parameter's tensor, for a while, where it may be divided among ranks.
     """
     digest = hashlib.sha256()
     names = []
@@ -73,7 +81,8 @@ def frozen_fingerprint(module: nn.Module, prefix: str = "") -> dict[str, Any]:
         if not parameter.requires_grad:
             names.append(name)
             digest.update(name.encode())
-            rounded = parameter.detach().to("cpu", torch.bfloat16).contiguous().flatten()
+            with whole(parameter) as tensor:
+                rounded = tensor.detach().to("cpu", torch.bfloat16).contiguous().flatten()
             digest.update(rounded.view(torch.uint8).numpy().data)
     return {"names": names, "sha256": digest.hexdigest()}
 

@@ -13,6 +13,9 @@ from model.weights.filling import LoadReport
 from model.weights.visualglm import QkvOrder
 
 
+LANGUAGE_MODEL = ("llm", "visualglm")  # the arguments that bring a whole language model
+
+
 def initialise(
     model: nn.Module,
     *,
@@ -24,7 +27,8 @@ def initialise(
     visualglm: str | None = None,
     qkv_order: QkvOrder | None = None,
 ) -> LoadReport:
-    """Fill stage two's model, built and on the CPU, before it is handed to the engine.  Later ones replace earlier.
+    """Fill stage two's model before it is handed to the engine: what was built without memory goes to its home, the rest
+    is on the CPU (`filling.Home`).  Later ones replace earlier.
 
     Args:
         all, vision, qformer: BLIP-2 of LAVIS or transformers, as in stage one (`model.weights.initialise`).
@@ -52,6 +56,8 @@ def initialise(
             report = report.then(sat.load(model, path, qkv_order=qkv_order))
         else:
             report = report.then(chatglm_folder.load(model, path, qkv_order=qkv_order))
+        if key in LANGUAGE_MODEL:
+            model.get_submodule("llm").loaded_from = value  # type: ignore[assignment]
     if not any(name.startswith("vision.") for name in report.new):
         report.notes = [note for note in report.notes if "IMAGE ENCODER IS FROZEN AND RANDOM" not in note]
     return report
