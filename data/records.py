@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,11 @@ class Malformed(ValueError):
 
     def __init__(self, field: str, expected: str, found: object):
         super().__init__(f"field {field!r}: expected {expected}, found {_shown(found)}")
+
+    def in_turn(self, number: int) -> Malformed:
+        """The same, said of one turn of a conversation, counted from 1."""
+        self.args = (f"turn {number}, {self.args[0]}",)
+        return self
 
 
 def files_of(path: str | Sequence[str]) -> list[Path]:
@@ -31,11 +36,14 @@ def files_of(path: str | Sequence[str]) -> list[Path]:
     return found
 
 
-def read_rows(file: Path, *, under: str | None = None) -> Iterator[tuple[int, object]]:
+def read_rows(
+    file: Path, *, under: str | None = None, bad_line: Callable[[int, str], None] | None = None
+) -> Iterator[tuple[int, object]]:
     """(row number from 1, value) of a JSON list, or (line number, value) of JSON lines.
 
     Args:
         under: the list may also stand under this key of one JSON object.
+        bad_line: called with the number of a line that is no JSON, and what was expected of it; None raises it.
     Raises:
         ValueError: no UTF-8, no JSON, or JSON that is no list.
     """
@@ -52,9 +60,14 @@ def read_rows(file: Path, *, under: str | None = None) -> Iterator[tuple[int, ob
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                value = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{file}, row {number}: expected a JSON value on a line, found {error}") from error
+                what = f"expected a JSON value on a line, found {error}"
+                if bad_line is None:
+                    raise ValueError(f"{file}, row {number}: {what}") from error
+                bad_line(number, what)
+            else:
+                yield number, value
 
 
 def _whole(file: Path, text: str, under: str | None) -> list[Any] | None:
@@ -76,9 +89,9 @@ def _whole(file: Path, text: str, under: str | None) -> list[Any] | None:
     return value
 
 
-def as_object(value: object) -> Mapping[str, Any]:
+def as_object(value: object, name: str = "(the row)") -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise Malformed("(the row)", "an object with named fields", value)
+        raise Malformed(name, "an object with named fields", value)
     return value
 
 

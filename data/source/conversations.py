@@ -114,7 +114,9 @@ class ConversationSource:
         return files_of(self.path)
 
     def rows(self, file: Path) -> Iterator[tuple[int, object]]:
-        return read_rows(file, under=self.rows_under)
+        return read_rows(
+            file, under=self.rows_under, bad_line=lambda row, what: self._leave_out(f"{file}, row {row}: {what}")
+        )
 
     def check_image(self, reference: str) -> None:
         """Before anything is opened.  Raises Malformed."""
@@ -260,9 +262,9 @@ def _check_turns(found: Conversation) -> None:
         raise Malformed("(the row)", "a question and its answer", [])
     for number, turn in enumerate(found.turns, start=1):
         if not turn.answer:
-            raise Malformed(f"answer of turn {number}", "text that is not empty", turn.answer)
+            raise Malformed("answer", "text that is not empty", turn.answer).in_turn(number)
         if not turn.question and not turn.num_images and found.prompts is None:
-            raise Malformed(f"question of turn {number}", "text, or a picture to talk about", turn.question)
+            raise Malformed("question", "text, or a picture to talk about", turn.question).in_turn(number)
     if not all(found.answers):
         raise Malformed("answers", "texts that are not empty", list(found.answers))
     shown = sum(turn.num_images for turn in found.turns)

@@ -24,12 +24,16 @@ class JsonlTurns(ConversationSource):
         if not isinstance(turns, list) or not turns:
             raise Malformed("turns", "a list of questions and answers", turns)
         found = []
-        for number, value in enumerate(turns):
-            turn = as_object(value)
-            shown = texts_of(turn, "images") or texts_of(turn, "image")
+        for number, value in enumerate(turns, start=1):
+            try:
+                turn, shown = _turn(as_object(value, "(the turn)"))
+            except Malformed as error:
+                raise error.in_turn(number) from None
+            found.append(turn)
             images += shown
-            for name in ("question", "answer"):
-                if name not in turn:
-                    raise Malformed(f"turns[{number}].{name}", "text", f"no such field among {sorted(turn)}")
-            found.append(Turn(text_of(turn, "question", empty=bool(shown)), text_of(turn, "answer"), len(shown)))
         return Conversation(tuple(found), tuple(images))
+
+
+def _turn(value: Mapping[str, Any]) -> tuple[Turn, tuple[str, ...]]:
+    shown = texts_of(value, "images") or texts_of(value, "image")
+    return Turn(text_of(value, "question", empty=bool(shown)), text_of(value, "answer"), len(shown)), shown

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,17 +36,25 @@ def spoken_turns(row: Mapping[str, Any], field: str, num_images: int) -> tuple[T
     said = row.get(field)
     if not isinstance(said, list) or not said:
         raise Malformed(field, "a list of what was said", said)
-    lines = [_line(item, f"{field}[{number}]") for number, item in enumerate(said)]
-    system = lines.pop(0)[1] if lines[0][0] == "system" else ""
+    lines: list[tuple[str, str]] = []
+    for number, item in enumerate(said):
+        try:
+            lines.append(_line(item, f"{field}[{number}]"))
+        except Malformed as error:
+            raise error.in_turn((number - _begins_with_system(lines)) // 2 + 1) from None
+    skipped = int(_begins_with_system(lines))
+    system = lines.pop(0)[1] if skipped else ""
     if len(lines) % 2 or not lines:
         raise Malformed(field, "questions and answers by turns, an answer last", f"{len(lines)} lines")
     turns = []
     for number in range(0, len(lines), 2):
         (asks, question), (answers, answer) = lines[number], lines[number + 1]
+        place, turn = number + skipped, number // 2 + 1
         if (asks, answers) != ("human", "gpt"):
-            raise Malformed(f"{field}[{number}]", "human, then gpt (or user, then assistant)", [asks, answers])
+            expected = "human, then gpt (or user, then assistant)"
+            raise Malformed(f"{field}[{place}]", expected, [asks, answers]).in_turn(turn)
         if IMAGE in answer:
-            raise Malformed(f"{field}[{number + 1}]", f"an answer without {IMAGE}", answer)
+            raise Malformed(f"{field}[{place + 1}]", f"an answer without {IMAGE}", answer).in_turn(turn)
         turns.append(Turn(question.replace(IMAGE, "").strip(), answer.strip(), question.count(IMAGE)))
     first = turns[0]
     shown = sum(turn.num_images for turn in turns) or num_images
@@ -55,6 +63,10 @@ def spoken_turns(row: Mapping[str, Any], field: str, num_images: int) -> tuple[T
     at_start = first.num_images if any(turn.num_images for turn in turns) else num_images
     question = f"{system.strip()}\n{first.question}".strip() if system.strip() else first.question
     return (Turn(question, first.answer, at_start), *turns[1:])
+
+
+def _begins_with_system(lines: Sequence[tuple[str, str]]) -> bool:
+    return bool(lines) and lines[0][0] == "system"
 
 
 def _line(item: object, field: str) -> tuple[str, str]:
