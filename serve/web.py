@@ -13,11 +13,13 @@ import re
 import tempfile
 import time
 from abc import ABCMeta
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # asked when Gradio is imported
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -51,6 +53,7 @@ footer, #chat .wrapper > .icon-button-wrapper, #chat [data-testid="download-link
 """  # Gradio's own Clear would leave the conversation as it is; its Share uploads.  Their titles are in any language.
 _KEEP_SECONDS = 24 * 3600
 _LONGEST_STEP = 30.0  # seconds
+_READER_COMES = 10.0  # seconds; a browser asks first, and then for what is said
 _SHOWN_EVERY = 0.1  # seconds; a browser that lays out a long answer anew for every token falls behind
 
 
@@ -122,14 +125,41 @@ def add_page(app: FastAPI, service: Service, *, language: str = "en") -> None:
         css=_CSS,
     )
     mount: Any = app.router.routes[-1]
-    mount.app = OnlyWhatIsAsked(mount.app, Path(cache))
+    mount.app = OnlyWhatIsAsked(mount.app, Path(cache), page.readers)
+
+
+class Readers:
+    """Who reads what Gradio says, by its names of open pages: it would let the model answer nobody."""
+
+    def __init__(self) -> None:
+        self._streams: Counter[str] = Counter()
+        self._came = asyncio.Condition()
+
+    @asynccontextmanager
+    async def reading(self, name: str) -> AsyncIterator[None]:
+        async with self._came:
+            self._streams[name] += 1
+            self._came.notify_all()
+        try:
+            yield
+        finally:
+            self._streams[name] -= 1
+            self._streams += Counter()  # without those at 0
+
+    async def is_there(self, name: str) -> bool:
+        """Waits a while for one."""
+        try:
+            async with asyncio.timeout(_READER_COMES), self._came:
+                return await self._came.wait_for(lambda: self._streams[name] > 0)
+        except TimeoutError:
+            return False
 
 
 class OnlyWhatIsAsked:
     """An ASGI wrapper around Gradio's own app."""
 
-    def __init__(self, app: ASGIApp, cache: Path, most_bytes: int = 2**30) -> None:
-        self.app, self.cache, self.most_bytes = app, cache, most_bytes
+    def __init__(self, app: ASGIApp, cache: Path, readers: Readers, most_bytes: int = 2**30) -> None:
+        self.app, self.cache, self.readers, self.most_bytes = app, cache, readers, most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and (not _ASKED.fullmatch(scope["path"]) or "/../" in scope["path"]):
@@ -137,6 +167,11 @@ class OnlyWhatIsAsked:
         if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload"):
             if sum(file.stat().st_size for file in self.cache.rglob("*") if file.is_file()) > self.most_bytes:
                 raise Refused(507, "the server keeps as many pictures as it can: try again in a day")
+        if scope["type"] == "http" and scope["path"].rstrip("/").endswith("/queue/data"):
+            names = parse_qs(scope["query_string"].decode("latin-1")).get("session_hash", [""])
+            async with self.readers.reading(names[-1]):
+                await self.app(scope, receive, send)
+            return
         await self.app(scope, receive, send)
 
 
@@ -151,6 +186,7 @@ class Page:
     def __init__(self, service: Service, language: str) -> None:
         self.service, self.language = service, language
         self.running: dict[str, Running] = {}  # by Gradio's name of an open page
+        self.readers = Readers()
 
     def blocks(self) -> gr.Blocks:
         texts = TEXTS[self.language]
@@ -232,6 +268,8 @@ class Page:
         request: gr.Request,
     ) -> AsyncGenerator[tuple[Any, ...], None]:
         """An answer as it grows, in the outputs' order: conversation, chat, question, send, stop, memory."""
+        if not await self.readers.is_there(str(request.session_hash)):
+            return
         texts = TEXTS[language]
         is_new = picture is not None and picture != conversation.picture
         question = whole_characters(question).strip() or (texts["describe"] if is_new else "")

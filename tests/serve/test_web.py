@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -291,23 +292,51 @@ def test_what_gradio_could_do_is_shut(server: Live, method: str, path: str) -> N
     assert found.status_code in (403, 404, 405, 422) and "root:" not in found.text
 
 
-def join(server: Live, picture: Any, question: str = "Q") -> str:
-    """The page's own call, with a picture of the sender's making.  -> what its events say"""
+def joined(server: Live, picture: Any, question: str = "Q", *, name: str, tokens: int = 4) -> httpx.Response:
+    """The page's own call, with a picture of the sender's making."""
     config = httpx.get(f"{server.url}/config", timeout=WAIT).json()
     (asking,) = [one["id"] for one in config["dependencies"] if len(one["inputs"]) > 5]
-    data = [None, picture, question, "en", 0, 1, 0, 1, 4]
-    body = {"data": data, "fn_index": asking, "session_hash": "hostile0", "trigger_id": None}
+    data = [None, picture, question, "en", 0, 1, 0, 1, tokens]
+    body = {"data": data, "fn_index": asking, "session_hash": name, "trigger_id": None}
     headers = {"Content-Type": "application/json"}
-    joined = httpx.post(f"{server.url}/gradio_api/queue/join", content=json.dumps(body), headers=headers, timeout=WAIT)
-    if joined.status_code != 200:
-        return joined.text
+    return httpx.post(f"{server.url}/gradio_api/queue/join", content=json.dumps(body), headers=headers, timeout=WAIT)
+
+
+def join(server: Live, picture: Any, question: str = "Q") -> str:
+    """-> what the events of such a call say"""
+    answer = joined(server, picture, question, name="hostile0")
+    return events_of(server, "hostile0") if answer.status_code == 200 else answer.text
+
+
+def events_of(server: Live, name: str) -> str:
     found = ""
-    with httpx.stream("GET", f"{server.url}/gradio_api/queue/data?session_hash=hostile0", timeout=WAIT) as events:
+    with httpx.stream("GET", f"{server.url}/gradio_api/queue/data?session_hash={name}", timeout=WAIT) as events:
         for line in events.iter_lines():
             found += line
             if "process_completed" in line or "unexpected_error" in line:
                 return found
     return found
+
+
+def test_nobody_is_answered_who_does_not_read(server: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradio's queue would take the model's time for calls whose answers nobody fetches."""
+    asked: list[str] = []
+    ask = server.session.ask
+    monkeypatch.setattr(server.session, "ask", lambda *a, **k: asked.append(a[1]) or ask(*a, **k))
+    for number in range(5):
+        assert joined(server, None, f"unread {number}", name=f"silent{number}").status_code == 200
+    assert '"success":true' in join(server, None, "read").replace(" ", "")
+    assert asked == ["read"]
+    assert joined(server, None, "left", name="leaves", tokens=20_000).status_code == 200
+    with httpx.stream("GET", f"{server.url}/gradio_api/queue/data?session_hash=leaves", timeout=WAIT) as events:
+        next(line for line in events.iter_lines() if "process_generating" in line)
+        assert not server.is_idle
+    wait_until(lambda: server.is_idle)
+    monkeypatch.setattr("serve.web._READER_COMES", 0.0)
+    assert joined(server, None, "too late", name="late").status_code == 200
+    time.sleep(0.5)
+    assert "process_completed" in events_of(server, "late")
+    assert asked == ["read", "left"]
 
 
 @pytest.mark.parametrize(
