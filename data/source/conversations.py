@@ -23,6 +23,7 @@ from tqdm import tqdm
 from data.batch import Dialogue, Turn
 from data.language import language_of_turns
 from data.picture_files import NUM_PROBED, check_reference, probe, read_below
+from data.picture_sides import PictureSide, named
 from data.records import Malformed, as_object, files_of, read_rows
 from data.source import BadSample, RawDialogue
 from data.split import PARTS, held_out_share, part_of
@@ -68,10 +69,12 @@ class ConversationSource:
         language: of every row; default: the field `language` where a row has it, else by the script of its words.
         split, part: "80/20" and "train" or "test": only that part, by a hash of
         group: ... this field ("patient_id"); default: a row's pictures, or its words where it has none.
-        malformed: "error" stops at a row that is not as expected; "skip" leaves it out and counts it.
+        malformed: "error" stops at a row that is not as expected, or a line that is no JSON; "skip" leaves it out and
+            counts it.
         name: how logs and errors call it.
     Raises:
-        ValueError: no file, no UTF-8, a malformed row (file, row, field, what was expected), nothing left of a part.
+        ValueError: no file, no UTF-8, a malformed row (file, row, turn, field, what was expected), nothing left of a
+            part, a picture in both parts (only a warning where `group` is set).
     """
 
     path: str | Sequence[str]
@@ -84,6 +87,7 @@ class ConversationSource:
     name: str = "conversations"
 
     scans: bool = field(default=True, init=False, repr=False)
+    pictures_have_names: bool = field(default=True, init=False, repr=False)  # that tell one from another, in all rows
     rows_under: ClassVar[str | None] = None  # the key that a format's list may stand under
 
     def __post_init__(self) -> None:
@@ -95,11 +99,15 @@ class ConversationSource:
         beside = [file if file.is_dir() else file.parent for file in self.files]
         self._roots = [Path(self.image_root).expanduser()] * len(beside) if self.image_root else beside
         self._prompts: dict[str, tuple[str, ...]] = {}
+        self._sides = {part: PictureSide() for part in PARTS}
         self._store, self._samples = self._read_all()
         self.languages = tuple(sorted(self._samples))
         if not self.languages:
             part = f" in part {self.part!r} of split {self.split}" if self.split else ""
-            raise ValueError(f"{self.name}: no conversation{part} in {', '.join(map(str, self.files[:NUM_NAMED]))}")
+            left_out = f" ({self.num_malformed} malformed rows left out)" if self.num_malformed else ""
+            files = ", ".join(map(str, self.files[:NUM_NAMED]))
+            raise ValueError(f"{self.name}: no conversation{part} in {files}{left_out}")
+        self._check_sides()
         self._probe_pictures()
         counts = {language: self.num_samples(language) for language in self.languages}
         log.info("%s: conversations per language %s", self.name, counts)
@@ -165,6 +173,15 @@ class ConversationSource:
             "part": [self.split, self.part, self.group],
         }
 
+    @property
+    def pictures(self) -> PictureSide:
+        """Those of its own part."""
+        return self._sides[self.part or "train"]
+
+    def names_of_pictures(self, shared: frozenset[int]) -> str:
+        """Of those that `PictureSide.shared_with` found, the first few, with their rows."""
+        return named(shared, self._places_of_pictures())
+
     # ------------------------------------------------------------------------------------------------------- reading
 
     def _dialogues(self, language: str, packed: Mapping[str, Any]) -> tuple[Dialogue, ...]:
@@ -182,7 +199,7 @@ class ConversationSource:
         for number, file in enumerate(self.files):
             for row, value in tqdm(self.rows(file), desc=f"reading {file.name}", unit=" rows", delay=2, leave=False):
                 try:
-                    found = self._pack(as_object(value))
+                    found = self._pack(as_object(value), number)
                 except Malformed as error:
                     self._leave_out(f"{file}, row {row}: {error}")
                     continue
@@ -206,14 +223,17 @@ class ConversationSource:
         if self.num_malformed <= NUM_NAMED:
             log.warning("%s: left out: %s", self.name, what)
 
-    def _pack(self, row: Mapping[str, Any]) -> tuple[str, bytes] | None:
+    def _pack(self, row: Mapping[str, Any], file: int) -> tuple[str, bytes] | None:
         """(language, bytes) of a row; None where it belongs to the other part."""
         found = self.conversation(row)
         _check_turns(found)
         for reference in found.images:
             self.check_image(reference)
         group = self._group(row, found)
-        if self._share is not None and part_of(group, self._share) != self.part:
+        part = self.part if self._share is None else part_of(group, self._share)
+        if self.pictures_have_names:
+            self._sides[part or "train"].note(self._roots[file], found.images)
+        if part != self.part:
             return None
         language = self._language(row, found)
         if found.prompts is not None:
@@ -247,6 +267,27 @@ class ConversationSource:
         if not isinstance(told, str) or not told:
             raise Malformed("language", "a language like zh or en", told)
         return told
+
+    def _places_of_pictures(self) -> Iterator[tuple[Path, str, int]]:
+        for sample in range(len(self._store.end)):
+            root, row = self._roots[int(self._store.file[sample])], int(self._store.row[sample])
+            yield from ((root, reference, row) for reference in self._store[sample]["images"])
+
+    def _check_sides(self) -> None:
+        """That a picture is in one part: rows that show several are split by all of them together, and people may have
+        a picture under two groups."""
+        train, test = (self._sides[part] for part in PARTS)
+        shared = train.shared_with(test)
+        if not shared:
+            return
+        names = self.names_of_pictures(shared)
+        told = f"{self.name}: {len(shared)} pictures are in both parts of split {self.split}: {names}"
+        if self.group is None:
+            raise ValueError(
+                f"{told}.  A row is split by all of its pictures together; set group to a field that is equal in rows "
+                f"which share a picture (patient_id)"
+            )
+        log.warning("%s, since rows with them differ in %s; numbers on held-out ones flatter", told, self.group)
 
     def _probe_pictures(self) -> None:
         having = []

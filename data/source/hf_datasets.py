@@ -55,6 +55,12 @@ class HfDataset(ColumnSource):
         self._data = self._data.select_columns([column for column in self._data.column_names if column in used])
         if "image" in self.map:
             self._data = self._undecoded(self._data, self.map["image"])
+            self.pictures_have_names = not self._holds_pictures
+        if self.split is not None and self.group is None and not self.pictures_have_names:
+            raise ValueError(
+                f"{self.name}: split={self.split} needs group: the pictures are in the table and have no names to keep "
+                f"equal ones together by; name a column that tells the picture or the patient"
+            )
         return [Path(str(self.path))]
 
     def rows(self, file: Path) -> Iterator[tuple[int, object]]:

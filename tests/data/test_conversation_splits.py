@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from data.picture_sides import warn_of_shared
 from data.source.shards import ShardSource
 from data.source.visualglm_json import VisualGLMJson
 from data.split import held_out_share, part_of
@@ -74,6 +75,70 @@ def test_more_rows_move_none(tmp_path: Path, file: Path) -> None:
 def test_impossible_splits_are_refused(file: Path, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VisualGLMJson(path=str(file), **options)
+
+
+# What rows with several pictures, and people, can do to a split by picture or by patient
+SEVERAL = [{"img": [f"{n}_0.jpg", f"{n}_1.jpg"], "prompt": "compare", "label": f"row {n}"} for n in range(40)]
+ALONE = [{"img": f"./{n}_1.jpg", "prompt": "q", "label": f"alone {n}"} for n in range(40)]
+
+
+def test_a_picture_that_would_be_on_both_sides_is_refused_by_name(tmp_path: Path, file: Path) -> None:
+    write_json(file, SEVERAL)
+    VisualGLMJson(path=str(file), split="75/25", part="train")
+    write_json(file, SEVERAL + ALONE)
+    for part in PARTS:
+        with pytest.raises(ValueError) as caught:
+            VisualGLMJson(path=str(file), split="75/25", part=part)
+        told = str(caught.value)
+        number = int(told.split(" pictures are in both parts of split 75/25: ")[0].split()[-1])
+        sides = [
+            {part_of(f"{n}_0.jpg\0{n}_1.jpg", 0.25), part_of(f"./{n}_1.jpg", 0.25)} == set(PARTS) for n in range(40)
+        ]
+        assert number == sum(sides) > 5
+        assert "_1.jpg (row " in told and told.count("_1.jpg") == 5 and "set group to a field" in told
+    write_json(file, [{**row, "case": n % 40} for n, row in enumerate(SEVERAL + ALONE)])
+    VisualGLMJson(path=str(file), split="75/25", part="train", group="case")
+
+
+def test_a_picture_of_two_patients_is_pointed_out(tmp_path: Path, file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    kept = [{"img": f"{n}_0.jpg", "prompt": "q", "label": "a", "patient_id": n} for n in range(40)]
+    VisualGLMJson(path=str(write_json(file, kept)), split="75/25", part="train", group="patient_id")
+    assert not caplog.records
+    train = next(n for n in range(40) if part_of(str(n), 0.25) == "train")
+    test = next(n for n in range(40) if part_of(str(n), 0.25) == "test")
+    write_json(file, [*kept, {**kept[train], "patient_id": test}])
+    source = VisualGLMJson(path=str(file), split="75/25", part="train", group="patient_id")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and source.num_samples("en") > 20
+    assert f"1 pictures are in both parts of split 75/25: {train}_0.jpg (row {train + 1}), since" in record.getMessage()
+
+
+class Evaluator:
+    name = "answers"
+
+    def __init__(self, source: Any):
+        self.source = source
+
+
+def test_an_evaluator_that_asks_about_what_is_trained_on_is_pointed_out(
+    tmp_path: Path, file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    apart = {part: VisualGLMJson(path=str(file), split="75/25", part=part, group="patient_id") for part in PARTS}
+    warn_of_shared({"mine": apart["train"]}, [Evaluator(apart["test"]), Evaluator(object()), object()])
+    assert not caplog.records
+    other = write_json(tmp_path / "test.json", rows(3))
+    warn_of_shared({"mine": VisualGLMJson(path=str(file))}, [Evaluator(VisualGLMJson(path=str(other)))])
+    (record,) = caplog.records
+    expected = (
+        "train.evaluator.answers asks about 2 pictures that data.source.mine trains on (0_0.jpg (row 1), 0_1.jpg ("
+    )
+    assert expected in record.getMessage()
+    (tmp_path / "elsewhere").mkdir()  # the same name below another root is another picture
+    write_pictures(tmp_path / "elsewhere", ["0_0.jpg", "0_1.jpg"])
+    caplog.clear()
+    moved = VisualGLMJson(path=str(other), image_root=str(tmp_path / "elsewhere"))
+    warn_of_shared({"mine": VisualGLMJson(path=str(file))}, [Evaluator(moved)])
+    assert not caplog.records
 
 
 def test_packed_shards_are_split_the_same_way(tmp_path: Path, file: Path, repo_root: Path) -> None:

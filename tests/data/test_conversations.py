@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,8 @@ def test_language_by_script(text: str, expected: str) -> None:
 
 LINE = {"from": "human", "value": "Hi"}
 ANSWER = {"from": "gpt", "value": "Hello"}
+SYSTEM = {"from": "system", "value": "Be brief."}
+TURN = {"question": "q", "answer": "a"}
 
 
 @pytest.mark.parametrize(
@@ -208,24 +211,52 @@ ANSWER = {"from": "gpt", "value": "Hello"}
         (VisualGLMJson, {"prompt": "q", "label": "a", "language": 3}, "'language': expected a language"),
         (LlavaJson, {"conversations": []}, "'conversations': expected a list of what was said"),
         (LlavaJson, {"conversations": [LINE]}, "an answer last, found \"1 lines\""),
-        (LlavaJson, {"conversations": [LINE, LINE]}, r"'conversations\[0\]': expected human, then gpt"),
-        (LlavaJson, {"conversations": [{"from": "dog", "value": "x"}, ANSWER]}, r"\[0\].from': expected one"),
-        (LlavaJson, {"conversations": [LINE, {"from": "gpt"}]}, r"'conversations\[1\].value': expected text"),
+        (LlavaJson, {"conversations": [LINE, LINE]}, r"turn 1, field 'conversations\[0\]': expected human, then"),
+        (LlavaJson, {"conversations": [{"from": "dog", "value": "x"}, ANSWER]}, r"turn 1, .*\[0\].from': expected one"),
+        (LlavaJson, {"conversations": [LINE, {"from": "gpt"}]}, r"turn 1, .*'conversations\[1\].value': expected text"),
+        (LlavaJson, {"conversations": [SYSTEM, LINE, ANSWER, LINE, 3]}, r"turn 2, .*conversations\[4\]': expected an"),
+        (LlavaJson, {"conversations": [SYSTEM, LINE, ANSWER, LINE, LINE]}, r"turn 2, .*conversations\[3\]': expected"),
+        (LlavaJson, {"conversations": [LINE, ANSWER, LINE, {**ANSWER, "value": " "}]}, "turn 2, field 'answer': exp"),
         (LlavaJson, {"conversations": [{**LINE, "value": "<image>"}, ANSWER]}, "<image> 0 times, .*1 times"),
         (LlavaJson, {"conversations": [LINE, {**ANSWER, "value": "<image>"}]}, "an answer without <image>"),
-        (LlavaJson, {"conversations": [LINE, {**ANSWER, "value": ""}]}, "'answer of turn 1'"),
+        (LlavaJson, {"conversations": [LINE, {**ANSWER, "value": ""}]}, "turn 1, field 'answer'"),
         (JsonlTurns, {"turns": {}}, "'turns': expected a list of questions and answers"),
-        (JsonlTurns, {"turns": [{"question": "q"}]}, r"'turns\[0\].answer': expected text, found no such field"),
-        (JsonlTurns, {"turns": [{"question": " ", "answer": "a"}]}, "'question': expected text that is not empty"),
+        (JsonlTurns, {"turns": [{"question": "q"}]}, "turn 1, field 'answer': expected text, found no such field"),
+        (JsonlTurns, {"turns": [TURN, {"question": " ", "answer": "a"}]}, "turn 2, field 'question': expected text th"),
+        (JsonlTurns, {"turns": [TURN, TURN, {**TURN, "answer": ""}]}, "turn 3, field 'answer': expected text that is"),
+        (JsonlTurns, {"turns": [TURN, {**TURN, "images": [3]}]}, r"turn 2, field 'images': expected a path, .* found"),
+        (JsonlTurns, {"turns": [TURN, "q"]}, r"turn 2, field '\(the turn\)': expected an object"),
     ],
 )  # fmt: skip
 def test_a_malformed_row_is_named(tmp_path: Path, kind: Any, row: object, message: str) -> None:
     good = {"prompt": "q", "label": "a", "conversations": [LINE, ANSWER], "turns": [{"question": "q", "answer": "a"}]}
     file = write_json(tmp_path / "rows.jsonl", [good, good, row])
-    with pytest.raises(ValueError, match=f"rows.jsonl, row 3: field .*{message}"):
+    with pytest.raises(ValueError, match=f"rows.jsonl, row 3: .*{message}"):
         kind(path=str(file))
     source = kind(path=str(file), malformed="skip")
     assert (source.num_samples("en"), source.num_malformed) == (2, 1)
+
+
+def test_lines_that_are_no_json_are_skipped_and_counted_like_other_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = [json.dumps({"prompt": "q", "label": f"a{n}"}) for n in range(3)]
+    broken = ["{'prompt': 'q'}", '{"prompt": "q", "lab', '{"prompt": "q"}', lines[1] + ",", lines[0] + lines[1]]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([lines[0], broken[0], "", lines[1], *broken[1:], lines[2]]))
+    with pytest.raises(
+        ValueError, match="rows.jsonl, row 2: expected a JSON value .*Expecting property.*malformed=skip"
+    ):
+        VisualGLMJson(path=str(file))
+    source = VisualGLMJson(path=str(file), malformed="skip")
+    assert [source.dialogues("en", n)[0].turns[0].answer for n in range(3)] == ["a0", "a1", "a2"]
+    assert [source.where("en", n) for n in range(3)] == [f"{file}, row {row}" for row in (1, 4, 9)]
+    told = [record.getMessage() for record in caplog.records]
+    assert source.num_malformed == 5 and "visualglm_json: 5 malformed rows left out" in told
+    assert any(f"left out: {file}, row 5: expected a JSON value" in line for line in told)
+    file.write_text("\n".join(broken))
+    with pytest.raises(ValueError, match=r"no conversation in .*rows.jsonl \(5 malformed rows left out\)"):
+        VisualGLMJson(path=str(file), malformed="skip")
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -57,6 +57,17 @@ def test_pictures_inside(tmp_path: Path, kind: str) -> None:
     assert {grouped.group_of(n, i) for n in grouped.languages for i in range(grouped.num_samples(n))} in ({"p"}, {"q"})
 
 
+def test_pictures_without_names_are_split_by_a_column_alone(tmp_path: Path) -> None:
+    """In a table every picture is the first of its row: by that, all rows would be on one side."""
+    from datasets import Image
+
+    dataset([{"bytes": jpeg(n), "path": None} for n in (0, 1, 0)], Image()).save_to_disk(tmp_path / "set")
+    options = {"path": str(tmp_path / "set"), "columns": COLUMNS, "split": "1/1", "part": "train"}
+    with pytest.raises(ValueError, match="split=1/1 needs group: .*name a column"):
+        HfDataset(**options)
+    assert HfDataset(**options, group="patient").group == "patient"
+
+
 SPLITS = {"train": [0, 1], "test": [2], "validation": [1, 2], "train_sft": [0]}  # rows of each
 
 
