@@ -14,10 +14,11 @@ import signal
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, Protocol, Self, TypeVar
+from typing import Annotated, Any, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
+from annotated_types import Ge
 from torch.utils.data import DataLoader, Dataset
 
 from data.batch import Skip, StepBatches
@@ -149,10 +150,10 @@ class StepLoader:
     seed: int = 0
     rank: int = 0
     num_ranks: int = 1
-    num_workers: int | None = 0
+    num_workers: Annotated[int, Ge(0)] | None = 0
     max_skip_rate: float = 0.01
     skip_window: int = 20_000
-    prefetch: int = 2
+    prefetch: Annotated[int, Ge(1)] = 2
     pin_memory: bool | None = None
 
     recipe: Recipe[Any] = field(init=False)

@@ -7,6 +7,7 @@ the DeepSpeed section, against DeepSpeed's own keys (`config_check.py`).  `build
 from __future__ import annotations
 
 import argparse
+import difflib
 import signal
 from collections.abc import Sequence
 from contextlib import suppress
@@ -175,7 +176,7 @@ def _composed(name: str, overrides: Sequence[str], config_dir: Path, own_dir: Pa
     """What Hydra makes of the files and overrides, unchecked, and where each of its keys was written."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, MissingConfigException
 
     # Forced, a mistyped key on the command line arrives here and gets the same answer as one in a file.
     folders = [config_dir] if own_dir is None else [_checked_own_dir(own_dir, config_dir), config_dir]
@@ -186,12 +187,28 @@ def _composed(name: str, overrides: Sequence[str], config_dir: Path, own_dir: Pa
     try:
         with initialize_config_dir(str(config_dir), version_base="1.3"):
             config = hydra_compose(name, forced, return_hydra_config=True)
+    except MissingConfigException as error:
+        raise ConfigError(_no_choice(error.missing_cfg_file or "", folders) or _plain(error)) from None
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(_plain(error)) from None
     places = Places(folders, name, overrides, dict(config.hydra.runtime.choices))
     OmegaConf.set_struct(config, False)
     del config["hydra"]
     return config, places
+
+
+def _no_choice(wanted: str, folders: Sequence[Path]) -> str | None:
+    """What to choose in the place of `group/choice`, which is no file; None where there is no such group either."""
+    parts = wanted.split("/")
+    depth = 1 if parts[0] == "experiment" else len(parts) - 1  # experiments lie in folders of their own
+    group, choice = "/".join(parts[:depth]), "/".join(parts[depth:])
+    trees = [folder / group for folder in folders]
+    choices = sorted({str(file.relative_to(t).with_suffix("")) for t in trees for file in t.rglob("*.yaml")})
+    if not choices:
+        return None
+    close = difflib.get_close_matches(choice, choices, n=1)
+    advice = f"did you mean {close[0]}?" if close else f"there are {', '.join(choices)}"
+    return f"{group} has no {choice}: {advice}"
 
 
 def _filled_in(config: DictConfig, schema: type, places: Places) -> DictConfig:

@@ -117,6 +117,8 @@ class _Checker:
     def free(self, value: Any, rule: str, path: Path_) -> Iterator[str]:
         """Sections whose keys are not in the schema."""
         if not isinstance(value, Mapping):
+            if rule != "any" and value is not None and not _is_open(value):
+                yield f"{'.'.join(path)}={value} is a section, not a value ({self.places.of(path)})"
             return
         if rule == "deepspeed":
             yield from self.deepspeed(value, path)
@@ -213,10 +215,15 @@ def _hints_of(target: Any) -> dict[str, Any]:
         return {}
 
 
+def _is_open(value: Any) -> bool:
+    """Resolved, or asked for, later."""
+    return isinstance(value, str) and ("${" in value or value == "???")
+
+
 def _misfit(value: Any, annotation: Any) -> str | None:
     """What a plain value should have been, or None where it fits or the annotation is not a plain one."""
-    if isinstance(value, str) and ("${" in value or value == "???"):
-        return None  # resolved, or asked for, later
+    if _is_open(value):
+        return None
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
         return _misfit(value, arguments[0]) or _out_of_bounds(value, arguments[1:])
