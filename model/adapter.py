@@ -4,11 +4,13 @@ peft wraps linear maps in place and bitsandbytes stores them; both are imported 
 saved in peft's own layout, with the rows and names of the family's Hugging Face folder (`model/llm/base.py`), so that
 `peft` alone can put one on the bare language model.
 
-An adapter is asked twice: `prepare` before the starting weights come, `attach` once they are there.
+An adapter is asked three times: `check` before anything is read, `prepare` before the starting weights come, `attach`
+once they are there.
 """
 
 from __future__ import annotations
 
+import difflib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ import torch
 from torch import nn
 
 from model import low_rank
+from model.llm.base import LanguageModel
 from model.quantise import quantise_linears, shape_like_quantised
 from model.visual_chat import VisualChatModel
 
@@ -29,6 +32,14 @@ PARTS = ("llm", "qformer", "projection", "vision")
 
 
 class Adapter(Protocol):
+    def check(self, llm: LanguageModel) -> None:
+        """Before anything is read: that there is what it shall go on.  Raises ValueError."""
+        ...
+
+    def put_on(self, model: VisualChatModel) -> None:
+        """What is trained on top, whether the weights are there or not."""
+        ...
+
     def prepare(self, model: VisualChatModel, *, device: torch.device) -> None:
         """Before the weights come: says how they are to be stored."""
         ...
@@ -44,6 +55,10 @@ class Adapter(Protocol):
 
 class NoAdapter:
     """The language model stays as it is; Q-Former and projection may train."""
+
+    def check(self, llm: LanguageModel) -> None: ...
+
+    def put_on(self, model: VisualChatModel) -> None: ...
 
     def prepare(self, model: VisualChatModel, *, device: torch.device) -> None: ...
 
@@ -95,12 +110,27 @@ class Lora:
                 f"model.adapter.layer_range is {list(self.layer_range)}; it is two numbers [a, b): blocks a to b - 1"
             )
 
+    def check(self, llm: LanguageModel) -> None:
+        if "llm" in self.parts:
+            self._llm_config(llm)
+        if self.start is not None:
+            from model.weights.adapter_folder import read_about
+
+            read_about(Path(self.start).expanduser())
+
     def prepare(self, model: VisualChatModel, *, device: torch.device) -> None: ...
 
     def attach(self, model: VisualChatModel, *, device: torch.device) -> None:
         refuse_empty(model)
+        self.put_on(model)
+        if self.start is not None:
+            from model.weights.adapter_folder import load
+
+            load(model, Path(self.start).expanduser())
+
+    def put_on(self, model: VisualChatModel) -> None:
         if "llm" in self.parts:
-            inject(model.llm.network, self._llm_config(model))
+            inject(model.llm.network, self._llm_config(model.llm))
         if "qformer" in self.parts:
             model.ln_vision.requires_grad_(False)
             inject(model.qformer, self._config(linear_names(model.qformer)))
@@ -113,33 +143,39 @@ class Lora:
             inject(parent, self._config(["projection"]))
             model.projection = parent["projection"]  # type: ignore[assignment]
             model.adapted_projection = parent.peft_config
-        if self.start is not None:
-            from model.weights.adapter_folder import load
-
-            load(model, Path(self.start).expanduser())
 
     def check_zero3(self) -> None:
         if self.dora:
             raise ValueError("model.adapter.dora reads frozen weights whole: use train.engine.zero_stage 0, 1 or 2")
 
-    def _llm_config(self, model: VisualChatModel) -> Any:
-        llm = model.llm
-        names = {name.rsplit(".", 1)[-1] for name, module in llm.network.named_modules() if is_linear(module)}
+    def _llm_config(self, llm: LanguageModel) -> Any:
+        maps = [name for name, module in llm.network.named_modules() if is_linear(module)]
+        layers, pattern = self._layers(llm), llm.layers_pattern
+        if layers is not None:
+            maps = [name for name in maps if any(f"{pattern}.{layer}." in name for layer in layers)]
         targets = list(llm.lora_targets if self.target_modules is None else self.target_modules)
-        strangers = [target for target in targets if target.rsplit(".", 1)[-1] not in names]
+        strangers = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in maps)]
         if strangers or not targets:
-            raise ValueError(f"model.adapter.target_modules: no linear map is called {strangers}; {sorted(names)} are")
-        layers = None
-        if self.layer_range is not None:
-            first, end = self.layer_range
-            depth = _depth(llm.network, llm.layers_pattern)
-            if not 0 <= first < end <= depth:
-                raise ValueError(
-                    f"model.adapter.layer_range is [{first}, {end}); the language model has blocks 0 to {depth - 1}: "
-                    f"[a, b) means a to b - 1, 0 <= a < b <= {depth}"
-                )
-            layers = list(range(first, end))
-        return self._config(targets, layers_to_transform=layers, layers_pattern=layers and llm.layers_pattern)
+            names = sorted({name.rsplit(".", 1)[-1] for name in maps})
+            nearest = [near for target in strangers for near in difflib.get_close_matches(target, names, n=1)]
+            hint = f" (perhaps {', '.join(nearest)})" if nearest else ""
+            where = f" in blocks {layers[0]} to {layers[-1]}" if layers else ""
+            raise ValueError(
+                f"model.adapter.target_modules: no linear map{where} is called {strangers}{hint}; {names} are"
+            )
+        return self._config(targets, layers_to_transform=layers, layers_pattern=layers and pattern)
+
+    def _layers(self, llm: LanguageModel) -> list[int] | None:
+        if self.layer_range is None:
+            return None
+        first, end = self.layer_range
+        depth = _depth(llm.network, llm.layers_pattern)
+        if not 0 <= first < end <= depth:
+            raise ValueError(
+                f"model.adapter.layer_range is [{first}, {end}); the language model has blocks 0 to {depth - 1}: "
+                f"[a, b) means a to b - 1, 0 <= a < b <= {depth}"
+            )
+        return list(range(first, end))
 
     def _config(self, targets: Sequence[str], **more: Any) -> Any:
         from peft import LoraConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -59,8 +60,7 @@ def parameter_groups(
         )
     unused = [part for part in parts if not any(part == key[0] for key in members)]
     if unused:
-        tops = sorted({".".join(name.split(".")[:2]) for name, _ in trainable})
-        raise ValueError(f"train.optim.part_lr: {unused} begin no trainable parameter; the parts are {tops}")
+        raise ValueError(_why_unused(unused, [name for name, _ in trainable], [name for name, _ in named_parameters]))
     return [
         ParameterGroup(
             name=f"{part or 'everything'}{'' if decay else ', no decay'}",
@@ -71,6 +71,22 @@ def parameter_groups(
         )
         for (part, decay), entries in sorted(members.items(), key=lambda item: (item[0][0], not item[0][1]))
     ]
+
+
+def _why_unused(parts: Sequence[str], trainable: Sequence[str], everything: Sequence[str]) -> str:
+    def beginnings(names: Sequence[str]) -> dict[str, None]:
+        words = [name.split(".") for name in names]
+        return {".".join(name[:length]): None for name in words for length in range(1, len(name) + 1)}
+
+    hints = []
+    for part in parts:
+        if part in beginnings(everything):
+            hints.append(f"{part} is frozen" if part not in beginnings(trainable) else f"all of {part} has other rates")
+        elif near := difflib.get_close_matches(part, beginnings(trainable), n=1):
+            hints.append(f"perhaps {near[0]}")
+    told = f" ({', '.join(hints)})" if hints else ""
+    tops = sorted({".".join(name.split(".")[:2]) for name in trainable})
+    return f"train.optim.part_lr: {list(parts)} begin no trainable parameter{told}; the parts are {tops}"
 
 
 def groups_table(groups: Sequence[ParameterGroup]) -> str:

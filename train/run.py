@@ -37,7 +37,7 @@ from train.engine import (
     store_frozen,
     whole,
 )
-from train.optim import format_table, groups_table, lr_factor, parameter_groups
+from train.optim import ParameterGroup, format_table, groups_table, lr_factor, parameter_groups
 from train.tracking import Tracker, WandbWriter
 from train.trainer import Loader, Trainer
 
@@ -225,13 +225,7 @@ def changed_keys(before: Any, after: Any) -> list[str]:
 def make_engine(config: DictConfig, run: Run, stage: nn.Module, precision: str) -> Engine:
     """Decides what is decayed and how fast it learns, prints it, and wraps the stage."""
     optim, engine, device, ranks = config.train.optim, config.train.engine, run.device, run.ranks
-    groups = parameter_groups(
-        list(stage.named_parameters()),
-        lr=optim.lr,
-        weight_decay=optim.weight_decay,
-        temperature_decay=optim.temperature_decay,
-        part_lr=flat_rates(optim.part_lr),
-    )
+    groups = groups_of(config, stage)
     run.say("\n" + _trained_table(stage, precision) + "\n\n" + groups_table(groups))
     run.say(_batch_line(config, ranks, device, precision, contrastive=hasattr(stage.objectives, "itc")))
     return Engine(
@@ -260,15 +254,32 @@ def home_of_frozen(config: DictConfig, run: Run) -> Home:
     return Home(run.device, dtype, Divider(run.device, offload=engine.offload, deepspeed=plain))
 
 
+def groups_of(config: DictConfig, stage: nn.Module) -> list[ParameterGroup]:
+    """Only names and sizes are looked at, so weights may still be missing.
+
+    Raises:
+        ValueError: see `parameter_groups`; a rate in `part_lr` that is none.
+    """
+    optim = config.train.optim
+    return parameter_groups(
+        list(stage.named_parameters()),
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        temperature_decay=optim.temperature_decay,
+        part_lr=flat_rates(optim.part_lr),
+    )
+
+
 def flat_rates(node: Mapping[str, Any], before: str = "") -> dict[str, float]:
     """`train.optim.part_lr.model.projection=...` on the command line comes as sections, in a file with dots."""
     found: dict[str, float] = {}
     for name, value in node.items():
-        found |= (
-            flat_rates(value, f"{before}{name}.")
-            if isinstance(value, Mapping | DictConfig)
-            else {before + name: float(value)}
-        )
+        if isinstance(value, Mapping | DictConfig):
+            found |= flat_rates(value, f"{before}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
+            found[before + name] = float(value)
+        else:
+            raise ValueError(f"train.optim.part_lr.{before}{name} is {value!r}; expected a learning rate, 0 or more")
     return found
 
 

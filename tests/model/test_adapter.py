@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from model.adapter import Adapter, Lora, NoAdapter, QLora, refuse_empty
+from model.rehearsal import rehearse
 from model.visual_chat import VisualChatModel
 from model.weights import adapter_folder, merging
 from model.weights.checkpoint import from_tensors
 from model.weights.filling import Part, fill
 from tests.model.glm_common import small_glm, train_sentencepieces, visual_chat
+from tests.model.llm_common import small_chatglm
 from tests.tiny_chat import batch_of, tiny_chat, train_pieces
 
 CPU = torch.device("cpu")
@@ -84,13 +86,43 @@ def test_layers_and_maps_that_are_asked_for(pieces: Path) -> None:
     ("options", "expected"),
     [
         ({"target_modules": ["q_proj"]}, r"no linear map is called \['q_proj'\]; \['dense', 'dense_4h_to_h'"),
+        ({"target_modules": ["query_key_valu"]}, r"called \['query_key_valu'\] \(perhaps query_key_value\); \['dense'"),
+        ({"target_modules": ["mlp.dense"]}, r"called \['mlp.dense'\]"),  # each word is one, together they are none
+        (
+            {"target_modules": ["lm_head"], "layer_range": (0, 2)},
+            r"no linear map in blocks 0 to 1 is called \['lm_head'",
+        ),
+        ({"target_modules": []}, "no linear map is called"),
         ({"layer_range": (0, 4)}, r"\[0, 4\); the language model has blocks 0 to 2"),
         ({"layer_range": (2, 2)}, r"\[2, 2\)"),
+        ({"start": "/nowhere/adapter"}, "/nowhere/adapter holds no adapter"),
     ],
 )
-def test_wrong_places_are_named(pieces: Path, options: Mapping[str, Any], expected: str) -> None:
+def test_wrong_places_are_named_before_weights_are_asked_for(
+    pieces: Path, options: Mapping[str, Any], expected: str
+) -> None:
+    llm = small_chatglm(pieces, device="meta", initial_std=None)
     with pytest.raises(ValueError, match=expected):
-        adapted(pieces, Lora(**options))
+        Lora(**options).check(llm)
+    Lora(target_modules=["attention.dense"], layer_range=(0, 1)).check(llm)
+    if "start" not in options:
+        Lora(**options, parts=("qformer",)).check(llm)
+
+
+def test_a_rehearsal_has_the_names_and_sizes_and_leaves_the_model_alone(pieces: Path) -> None:
+    everywhere = ("llm", "qformer", "projection", "vision")
+    for adapter in (NoAdapter(), Lora(rank=2), Lora(rank=2, parts=everywhere, layer_range=(1, 2)), QLora(rank=2)):
+        model = tiny_chat(pieces, llm={"hidden_size": 64, "inner_size": 128})
+        before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+        state = torch.get_rng_state()
+        outline = rehearse(model, adapter)
+        assert torch.equal(torch.get_rng_state(), state), "what is drawn later would be another"
+        assert all(parameter.is_meta for parameter in outline.parameters())
+        after = dict(model.named_parameters())
+        assert after.keys() == before.keys() and all(torch.equal(after[n], before[n]) for n in before)
+        adapter.attach(model, device=CPU)
+        expected = {n: p.shape for n, p in model.named_parameters() if p.requires_grad}
+        assert {n: p.shape for n, p in outline.named_parameters() if p.requires_grad} == expected
 
 
 def test_options_that_cannot_be_meant() -> None:

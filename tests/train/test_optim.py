@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from train.optim import groups_table, lr_factor, parameter_groups
+from train.run import flat_rates
 
 
 class Model(nn.Module):
@@ -53,6 +54,29 @@ def test_parts_have_their_own_peak_and_the_longest_name_wins() -> None:
         parameter_groups(list(model.named_parameters()), lr=1e-4, weight_decay=0.05, part_lr={"model.visio": 1e-5})
 
 
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("model.visoin", r"no trainable parameter \(perhaps model.vision\)"),
+        ("model.vision.wieght", r"\(perhaps model.vision.weight\)"),
+        ("vision", r"\(perhaps model.vision\)"),
+        ("model.frozen", r"\(model.frozen is frozen\)"),
+        ("zzz", r"no trainable parameter; the parts are \['model.norm'"),
+    ],
+)
+def test_a_part_that_is_none_is_told_with_the_nearest(part: str, expected: str) -> None:
+    model = nn.ModuleDict({"model": Model()})
+    with pytest.raises(ValueError, match=expected):
+        parameter_groups(list(model.named_parameters()), lr=1e-4, weight_decay=0.05, part_lr={part: 1e-5})
+
+
+@pytest.mark.parametrize("rate", ["fast", True, None, -1e-4, [1e-4]])
+def test_a_rate_that_is_none_is_told_with_its_key(rate: object) -> None:
+    with pytest.raises(ValueError, match=r"train.optim.part_lr.model.vision is .*; expected a learning rate"):
+        flat_rates({"model": {"vision": rate}})
+    assert flat_rates({"model": {"vision": 1e-4}, "model.qformer": 0}) == {"model.vision": 1e-4, "model.qformer": 0.0}
+
+
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ValueError, match="nothing to train"):
         parameter_groups(list(Model().requires_grad_(False).named_parameters()), lr=1e-4, weight_decay=0.05)
@@ -89,8 +113,6 @@ def test_schedule_of_very_short_runs() -> None:
 
 def test_rates_of_parts_from_the_command_line_and_from_a_file() -> None:
     from omegaconf import OmegaConf
-
-    from train.run import flat_rates
 
     node = OmegaConf.create({"model.projection": 1e-3, "model": {"projection": 2e-3, "llm": {"network": 1}}})
     assert flat_rates(node) == {"model.projection": 2e-3, "model.llm.network": 1.0}  # type: ignore[arg-type]
