@@ -1,6 +1,7 @@
 """What `evaluate.py` does: a run's checkpoint through evaluators, and everything on disk.
 
 <run>/eval/<name>/predictions.jsonl   every prediction, as it is made (`train/evaluator/predictions.py`)
+                  matches.jsonl       while it is re-ranking: what ITM said so far
                   metrics.json        what was measured, of what, with which versions
                   config.yaml         as resolved, by which a restart knows that it is the same evaluation
                   *.png               the evaluators' pictures
@@ -28,7 +29,7 @@ from train.config_evaluate import config_of_run
 from train.distributed import Ranks
 from train.engine import PRECISIONS, resolve_precision, store_frozen
 from train.evaluator import Evaluator
-from train.evaluator.predictions import METRICS, PREDICTIONS, Predictions
+from train.evaluator.predictions import MATCHES, METRICS, PREDICTIONS, Predictions
 from train.run import changed_keys, own_device
 
 CONFIG = "config.yaml"
@@ -164,10 +165,10 @@ def _begin(folder: Path, known: Mapping[str, Any], *, resume: str) -> None:
     """Makes the folder, or sees that it holds the same evaluation."""
     folder.mkdir(parents=True, exist_ok=True)
     about = OmegaConf.create(dict(known))
-    if resume == "never":
-        for name in (PREDICTIONS, METRICS):
+    if resume == "never" or not (folder / PREDICTIONS).exists():
+        for name in (PREDICTIONS, MATCHES, METRICS):
             (folder / name).unlink(missing_ok=True)
-    elif (folder / PREDICTIONS).exists() and (folder / CONFIG).exists():
+    elif (folder / CONFIG).exists():
         changes = changed_keys(OmegaConf.load(folder / CONFIG), about)
         if changes:
             raise ValueError(

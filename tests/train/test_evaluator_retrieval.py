@@ -15,9 +15,10 @@ from model.tokenizer import CaptionTokenizer
 from tests.ranks import run_ranks
 from tests.train.tiny_evaluation import CPU, Album, codec, scenes, small_model, train_tokenizer
 from train.distributed import Ranks
-from train.evaluator.matching import ranked, reranked
-from train.evaluator.predictions import Predictions, read_predictions
+from train.evaluator.matching import Matcher, ranked, reranked
+from train.evaluator.predictions import MATCHES, Predictions, read_predictions
 from train.evaluator.retrieval import RetrievalEvaluator
+from train.json_lines import json_lines
 
 ALONE = Ranks.alone()
 PLACES = ("r@1", "r@3", "mean")
@@ -187,6 +188,50 @@ def test_images_that_no_memory_is_left_for_are_encoded_again(tokenizer_dir: Path
     encoded.clear()
     assert evaluator_of(tokenizer_dir, keep_gib=0)(model, device=CPU, ranks=ALONE).metrics == expected
     assert encoded == [2, 2, 2, 1] * 2
+
+
+def interrupted(folder: Path, file: Path, after: int) -> list[int]:
+    """An evaluation that ends within its re-ranking, or goes on with one.  -> how many texts each pass matched"""
+    matched: list[int] = []
+    match = Matcher._match
+
+    def counted(self: Matcher, model: ImageTextModel, memory: Any, image: int, text_P: torch.Tensor) -> torch.Tensor:
+        if len(matched) == after:
+            raise KeyboardInterrupt
+        matched.append(len(text_P))
+        return match(self, model, memory, image, text_P)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Matcher, "_match", counted)
+        predictions = Predictions(ALONE, file)
+        evaluator_of(folder)(small_model(codec(folder).vocab_size), device=CPU, ranks=ALONE, predictions=predictions)
+        predictions.close()
+    return matched
+
+
+def test_re_ranking_goes_on_where_it_was_interrupted(tokenizer_dir: Path, tmp_path: Path) -> None:
+    expected = interrupted(tokenizer_dir, tmp_path / "whole.jsonl", 1000)
+    assert len(expected) == 7, "a pass for each image"
+    file, kept = tmp_path / "parts.jsonl", tmp_path / MATCHES
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tokenizer_dir, file, 5)
+    assert read_predictions(file) == [] and len(json_lines(kept)[0]) == 2, "two blocks of two images"
+    with kept.open("a", encoding="utf-8") as cut:
+        cut.write('\n{"of": ["retr')
+    with pytest.raises(KeyboardInterrupt):
+        interrupted(tokenizer_dir, file, 2)
+    assert len(json_lines(kept)[0]) == 3
+    assert interrupted(tokenizer_dir, file, 1000) == expected[6:]
+    assert file.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not kept.exists()
+
+
+def test_matches_of_another_pool_are_not_taken(tmp_path: Path) -> None:
+    predictions = Predictions(ALONE, tmp_path / "some.jsonl")
+    predictions.matches("retrieval", "en", 7, 9).add([3, 1], [0.5, -1.25])
+    assert predictions.matches("retrieval", "en", 7, 9).logits == {3: 0.5, 1: -1.25}
+    for other in (("retrieval", "en", 7, 8), ("retrieval", "zh", 7, 9), ("other", "en", 7, 9)):
+        assert predictions.matches(*other).logits == {}
 
 
 def on_rank(folder: str, file: str) -> tuple[dict[str, float], int, list[dict[str, Any]]]:

@@ -81,10 +81,14 @@ class Matcher:
         self.device, self.ranks = device, ranks
         self._encoded: list[Tensor | None] = []  # encoded_BMW of each block
 
-    def encode(self, model: ImageTextModel, predictions: Predictions, what: str) -> Tensor:
-        """-> query_KQE"""
+    def encode(self, model: ImageTextModel, predictions: Predictions, name: str) -> Tensor:
+        """-> query_KQE
+
+        Args:
+            name: the evaluator's.
+        """
         found, kept = [], 0
-        with predictions.progress(f"{what}, images", len(self.pool.own_K)) as progress:
+        with predictions.progress(f"{name} {self.pool.language}, images", len(self.pool.own_K)) as progress:
             for rows, meant in in_step(range(len(self.pool.own_K)), self.batch_size, self.ranks):
                 features = model.encode_image(self._pixels(rows))
                 found.append(features.query_BQE[:meant])
@@ -99,20 +103,28 @@ class Matcher:
         wanted: Mapping[str, Sequence[Ranking]],
         number: int,
         predictions: Predictions,
-        what: str,
+        name: str,
     ) -> Callable[[str, Ranking], list[float]]:
-        """ITM logits of "match" for the best `number` candidates of every rank's rows.
+        """ITM logits of "match" for the best `number` candidates of every rank's rows; what an interrupted evaluation
+        found out is not asked again.
 
         -> a function: direction and row -> the logits of those candidates
         """
         pair_P = self._own_pairs(wanted, number)
-        logits_P = torch.zeros(len(pair_P))
-        with predictions.progress(f"{what}, pairs", len(pair_P)) as progress:
-            for block, passes in self._plan(pair_P):
+        matches = predictions.matches(name, self.pool.language, self.pool.num_images, self.pool.num_texts)
+        is_new_P = torch.tensor([pair not in matches.logits for pair in pair_P.tolist()], dtype=torch.bool)
+        logits_P = torch.tensor([matches.logits.get(pair, 0.0) for pair in pair_P.tolist()])
+        new_P, found_P = pair_P[is_new_P], torch.zeros(int(is_new_P.sum()))
+        what = f"{name} {self.pool.language}, pairs"
+        with predictions.progress(what, len(pair_P), len(pair_P) - len(new_P)) as progress:
+            for block, passes in self._plan(new_P):
                 memory = self._project(model, block)
                 for image, pairs in passes:
-                    logits_P[pairs] = self._match(model, memory, image, pair_P[pairs] % self.pool.num_texts)
-                    progress.advance(len(logits_P[pairs]))
+                    found_P[pairs] = self._match(model, memory, image, new_P[pairs] % self.pool.num_texts)
+                    progress.advance(len(found_P[pairs]))
+                of_block = torch.cat([torch.arange(pairs.start, pairs.stop) for _, pairs in passes])
+                matches.add(new_P[of_block].tolist(), found_P[of_block].tolist())
+        logits_P[is_new_P] = found_P
         gathered = self.ranks.gather_objects((pair_P, logits_P))
         all_P, logits_P = (torch.cat(parts) for parts in zip(*gathered, strict=True))
         order_P = all_P.argsort()

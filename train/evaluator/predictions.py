@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from train.distributed import Ranks
-from train.json_lines import HALVES, lines_of
+from train.json_lines import HALVES, json_lines, lines_of
 
 PREDICTIONS, METRICS = "predictions.jsonl", "metrics.json"  # of one evaluation, in a folder of its own
+MATCHES = "matches.jsonl"  # beside them until the evaluation is done
 FIRST, NEWEST = "training_first", "training_newest"  # those folders for what training evaluates, in <run>/eval
 
 Row = Mapping[str, Any]  # "index" and what was predicted
@@ -65,6 +66,10 @@ class Predictions:
             self._file.flush()
         return len(gathered)
 
+    def matches(self, evaluator: str, part: str, *sizes: int) -> Matches:
+        """What ITM said already; every rank must ask.  `sizes` of the pool, by which its pairs are numbered."""
+        return Matches(self.ranks, self._path and self._path.with_name(MATCHES), [evaluator, part, *sizes])
+
     def progress(self, what: str, total: int, done: int = 0) -> Progress:
         return Progress(what, total, done, shown=self.shown)
 
@@ -91,6 +96,42 @@ class Predictions:
             self._file.close()
             self._file = None
             _write(self._path, dict(sorted(self._known.items())))
+            self._path.with_name(MATCHES).unlink(missing_ok=True)
+
+
+class Matches:
+    """Logits of image-text pairs, kept block by block: a ranking needs them all, and they may take hours.
+
+    Args:
+        path: a JSON object a line, of any pools; None, as in training: nothing is kept.
+        of: the pool whose pairs they are.
+    """
+
+    def __init__(self, ranks: Ranks, path: Path | None, of: Sequence[str | int]) -> None:
+        self.ranks, self._path, self._of = ranks, path, list(of)
+        self.logits: Mapping[int, float] = {}  # of each pair that was matched before, the same on every rank
+        if path is not None:
+            self.logits = ranks.broadcast_object(self._read(path) if ranks.is_first else {})
+
+    def add(self, pairs: Sequence[int], logits: Sequence[float]) -> None:
+        """Every rank calls it, each with its own."""
+        if self._path is None:
+            return
+        gathered = self.ranks.gather_objects((list(pairs), list(logits)))
+        if self.ranks.is_first:
+            with self._path.open("a", encoding="utf-8") as file:
+                for own, found in gathered:
+                    # the line before may have been cut off
+                    file.write("\n" + json.dumps({"of": self._of, "pairs": own, "logits": found}))
+
+    def _read(self, path: Path) -> dict[int, float]:
+        lines = json_lines(path)[0] if path.exists() else []
+        return {
+            pair: logit
+            for line in lines
+            if line.get("of") == self._of
+            for pair, logit in zip(line["pairs"], line["logits"], strict=True)
+        }
 
 
 class Progress:

@@ -157,9 +157,10 @@ class RetrievalEvaluator:
         predictions: Predictions,
     ) -> dict[str, list[Ranking]]:
         """direction -> this rank's rows"""
-        what = f"{self.name} {pool.language}"
         matcher = Matcher(pool, self.batch_size, self.keep_bytes, device, ranks)
-        query_IQE = everyones(pool.own_K.to(device), matcher.encode(model, predictions, what), pool.num_images, ranks)
+        query_IQE = everyones(
+            pool.own_K.to(device), matcher.encode(model, predictions, self.name), pool.num_images, ranks
+        )
         text_TE = self._encode_texts(model, pool, device, ranks)
         found: dict[str, list[Ranking]] = {}
         for direction in self.directions:
@@ -171,7 +172,7 @@ class RetrievalEvaluator:
                 for row in ranked(rows, cosine_RC, right[direction], number)
             ]
         if self.rerank:
-            logits = matcher.match(model, found, self.rerank, predictions, what)
+            logits = matcher.match(model, found, self.rerank, predictions, self.name)
             for direction, rows in found.items():
                 found[direction] = [
                     reranked(row, right[direction][row.index], logits(direction, row), self.rerank) for row in rows
