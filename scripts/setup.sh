@@ -45,6 +45,10 @@ if [ "$(cat "$stamp" 2> /dev/null || true)" = "$want" ]; then
   exit 0
 fi
 
+# Two checkouts cannot share one: the project is installed into it by its place, and the other's would be made anew here.
+[ ! -L .venv ] || fail ".venv is a link to $(readlink -f .venv), which another checkout may use; nothing was changed." \
+  "Remove the link (rm $PWD/.venv) and call setup.sh again: packages come from pip's cache."
+
 mkdir -p .venv
 exec 9> .venv/.queqiao-lock
 if command -v flock > /dev/null; then
@@ -79,6 +83,7 @@ same_python() {
 moved() { [ -f .venv/bin/activate ] && ! grep -qF "$PWD/.venv" .venv/bin/activate; }
 if ! same_python || moved; then
   rm -rf .venv/bin .venv/lib .venv/lib64 .venv/include .venv/pyvenv.cfg
+  case "$python" in .venv/*) python="$(find_python)" ;; esac  # that one is gone now
   "$python" -m venv .venv >> "$log" 2>&1 ||
     fail "$python cannot make a virtual environment (Debian, Ubuntu: apt install python3-venv); see $PWD/$log"
 fi

@@ -109,6 +109,28 @@ def test_a_moved_folder_gets_a_new_environment(project: Path) -> None:
     assert str(moved / ".venv") in (moved / ".venv/bin/activate").read_text()
 
 
+def test_a_copy_whose_own_python_works_gets_a_new_environment_too(project: Path) -> None:
+    """Its interpreter decides, and goes with the old environment."""
+    assert setup(project)[0].returncode == 0
+    (project / ".venv/bin/activate").write_text('VIRTUAL_ENV="/elsewhere/.venv"\n')
+    (project / "pyproject.toml").write_text((project / "pyproject.toml").read_text() + "\n")
+    done, _ = setup(project, PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)
+    assert "No such file" not in (project / ".venv/setup.log").read_text()
+    assert str(project / ".venv") in (project / ".venv/bin/activate").read_text(), done.stderr
+
+
+def test_an_environment_of_another_checkout_is_left_alone(project: Path) -> None:
+    """Behind a link it would look moved, and be removed for the one who uses it."""
+    assert setup(project)[0].returncode == 0
+    other = project.with_name("other")
+    shutil.copytree(project, other, ignore=shutil.ignore_patterns(".venv"))
+    (other / ".venv").symlink_to(project / ".venv")
+    (project / ".venv/bin/activate").write_text(f'VIRTUAL_ENV="{project}/.venv"\n')
+    done, calls = setup(other)
+    assert done.returncode == 1 and calls == [] and f".venv is a link to {project}/.venv" in done.stderr
+    assert (project / ".venv/bin/python").is_file() and setup(project)[1] == []
+
+
 def test_a_package_cut_off_half_way_is_installed_again(project: Path) -> None:
     """pip would call it installed: its metadata is there, some of its files are not."""
     site = project / ".venv/lib/python3.11/site-packages"
