@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from torch import Tensor
 from model.generation import Decoding
 from serve.session import Exchange, Session
 
+MOST_BYTES = 2**30  # of a file; a film by mistake would fill the memory
 TEXTS = {
     "zh": {
         "welcome": "模型 {name} 已就绪。输入 clear 重新开始，stop 结束；回答时按 Ctrl-C 停止回答。",
@@ -134,14 +136,16 @@ class Terminal:
 
     def open(self, typed: str) -> Tensor | None:
         """The picture at a path that was typed here; None, with a sentence, where it cannot be used."""
-        path = Path(typed.strip("'\""))
+        shown = readable(typed.strip("'\""))
         try:
-            path = path.expanduser()
-            if path.is_file():
-                return self.session.picture(path.read_bytes())
-            self.tell("absent", path=path)
+            for path in spelt(typed):
+                if path.is_file():
+                    if path.stat().st_size > MOST_BYTES:
+                        raise ValueError(f"it has more than {MOST_BYTES} bytes")
+                    return self.session.picture(path.read_bytes())
+            self.tell("absent", path=shown)
         except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: the home directory of nobody
-            self.tell("unreadable", path=path, error=error)
+            self.tell("unreadable", path=shown, error=readable(str(error)))
         except KeyboardInterrupt:  # a large picture takes its time
             self.write("\n")
             self.tell("idle")
@@ -156,8 +160,7 @@ class Terminal:
                 self.write("\n")
                 self.tell("idle")
                 continue
-            # bytes that are no UTF-8 come as halves of characters, which no tokenizer takes
-            return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
+            return typed.strip() if prompt == "picture" else readable(typed).strip()
 
     def tell(self, sentence: str, **values: object) -> None:
         self.write(self.texts[sentence].format(**values) + "\n")
@@ -165,6 +168,24 @@ class Terminal:
     def write(self, text: str) -> None:
         self.out.write(text)
         self.out.flush()
+
+
+def readable(typed: str) -> str:
+    """Bytes that are no UTF-8 come as halves of characters, which no tokenizer takes and no terminal shows."""
+    return typed.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def spelt(typed: str) -> Iterator[Path]:
+    """What a path may mean: itself, in quotes, or as shells spell it, which is how terminals write a file that is
+    dragged into them.  Raises RuntimeError: the home directory of nobody."""
+    yield Path(typed).expanduser()
+    yield Path(typed.strip("'\"")).expanduser()
+    try:
+        words = shlex.split(typed)
+    except ValueError:  # a quotation that does not end
+        return
+    if len(words) == 1:
+        yield Path(words[0]).expanduser()
 
 
 @contextmanager

@@ -224,6 +224,28 @@ def test_files_that_cannot_be_used_are_asked_for_again(
     ]
 
 
+def test_paths_as_terminals_write_dragged_files(
+    session: Session, fox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw, seen = fox.read_bytes(), []
+    monkeypatch.setattr(session, "picture", lambda image: seen.append(image))
+    names = ["my fox.png", "it's.png", "'quoted'.png", "a\\b.png", os.fsdecode(b"\xff.png")]
+    for name in names:
+        (tmp_path / name).write_bytes(raw + os.fsencode(name))
+    spellings = ["my\\ fox.png", "it\\'s.png", "'quoted'.png", "a\\b.png", os.fsdecode(b"\xff.png")]
+    typed(monkeypatch, *(f"{tmp_path}/{name}" for name in spellings), "stop")
+    shown(session, "en")
+    typed(monkeypatch, f"'{tmp_path}/it'\\''s.png'", f' "{tmp_path}/my fox.png" ', "stop")
+    shown(session, "en")
+    assert seen == [raw + os.fsencode(name) for name in [*names, names[1], names[0]]]
+    monkeypatch.setattr("serve.terminal.MOST_BYTES", 10)
+    typed(monkeypatch, str(fox), os.fsdecode(b"/none/\xff.png"), "stop")
+    assert shown(session, "en")[1:3] == [
+        f"{fox} cannot be read (it has more than 10 bytes)",
+        "There is no file /none/\ufffd.png",
+    ]
+
+
 @pytest.mark.parametrize("slow", ["picture", "ask"])
 def test_ctrl_c_while_a_picture_or_a_question_is_read(
     session: Session, fox: Path, monkeypatch: pytest.MonkeyPatch, slow: str
