@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
@@ -54,8 +55,20 @@ def open_image(
     return image
 
 
+def check_header(file: Path) -> None:
+    """Raises BadSample as `open_image` would, from the beginning of the file."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(file, formats=FORMATS).close()
+    except Exception:  # of many kinds; the whole of it tells why
+        open_image(file.read_bytes())
+
+
 def _why_unreadable(raw: bytes) -> str:
-    """A file that was cut within its header looks to Pillow like any other."""
+    """A file that was cut within its header looks to Pillow like any other, and so does one of a hospital's archive."""
+    if raw[128:132] == b"DICM":
+        return "DICOM file (export it as PNG)"
     ends = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND"}
     cut = any(raw.startswith(start) and end not in raw[-64:] for start, end in ends.items())
     return "truncated image" if cut else "unreadable image"
@@ -104,13 +117,22 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB: transparency on white, 16-bit grey to its upper byte, CMYK and palettes converted."""
+    """Any mode -> RGB: transparency on white, 16-bit grey to its upper byte, CMYK and palettes converted.
+
+    16-bit grey whose brightest pixel is one of 12, 10 or 8 bits is taken to have so many: X-rays are stored so, and by
+    their upper byte they would be black.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image)
-        # "F" holds 0..1 or 0..255 by custom; whole numbers of 16 bits keep their upper byte (Pillow would clip them)
-        scaled = grey / 257.0 if grey.dtype.kind in "iu" else grey * (255.0 if grey.max(initial=0.0) <= 1.0 else 1.0)
+        # "F" holds 0..1 or 0..255 by custom; of whole numbers the upper byte is kept (Pillow would clip them)
+        brightest = grey.max(initial=0)
+        if grey.dtype.kind in "iu":
+            bits = next((bits for bits in (8, 10, 12) if brightest < 2**bits), 16)
+            scaled = grey * (255.0 / (2**bits - 1))
+        else:
+            scaled = grey * (255.0 if brightest <= 1.0 else 1.0)
         return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8)).convert("RGB")
     if "transparency" in image.info or image.mode in {"RGBA", "LA", "PA", "RGBa", "La"}:
         rgba = image.convert("RGBA")

@@ -67,12 +67,13 @@ class SkipMonitor:
             self._said_at = time.monotonic()
 
     def _verdict(self) -> str:
-        named = "\n".join(f"  {s.source}: {s.shard} {s.key} ({s.reason})" for s in self._latest)
+        latest = dict.fromkeys(f"  {s.source}: {s.shard} {s.key} ({s.reason})" for s in self._latest)
+        named = "\n".join(latest)  # a small set meets the same ones again
         return (
             f"{self._bad} of the latest {self._tries} samples could not be used "
             f"({self._bad / self._tries:.1%}); data.max_skip_rate allows {self.max_skip_rate:.1%}. "
             + (f"By reason: {_table(self.total)}. The latest:\n{named}\n" if named else "Other ranks name them. ")
-            + "Repair or leave out these shards, or raise data.max_skip_rate."
+            + "Repair them, leave them out of the data, or raise data.max_skip_rate."
         )
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data.batch import Dialogue, Turn
 from data.language import language_of_turns
-from data.picture_files import NUM_PROBED, check_reference, probe, read_below
+from data.picture_files import NUM_LOOKED_AT, NUM_PROBED, check_reference, look_at, probe, read_below
 from data.picture_sides import PictureSide, named
 from data.records import Malformed, as_object, files_of, read_rows
 from data.source import BadSample, RawDialogue
@@ -149,8 +149,9 @@ class ConversationSource:
     def read(self, language: str, index: int) -> RawDialogue:
         sample = int(self._samples[language][index])
         file, row = int(self._store.file[sample]), int(self._store.row[sample])
-        where = {"shard": str(self.files[file]), "key": f"row {row}"}
         packed = self._store[sample]
+        key = ", ".join([f"row {row}", *(packed["images"] if self.pictures_have_names else ())])
+        where = {"shard": str(self.files[file]), "key": key}
         try:
             images = tuple(self.open(reference, file, row) for reference in packed["images"])
         except BadSample as bad:
@@ -268,8 +269,8 @@ class ConversationSource:
             raise Malformed("language", "a language like zh or en", told)
         return told
 
-    def _places_of_pictures(self) -> Iterator[tuple[Path, str, int]]:
-        for sample in range(len(self._store.end)):
+    def _places_of_pictures(self, every: int = 1) -> Iterator[tuple[Path, str, int]]:
+        for sample in range(0, len(self._store.end), every):
             root, row = self._roots[int(self._store.file[sample])], int(self._store.row[sample])
             yield from ((root, reference, row) for reference in self._store[sample]["images"])
 
@@ -290,6 +291,9 @@ class ConversationSource:
         log.warning("%s, since rows with them differ in %s; numbers on held-out ones flatter", told, self.group)
 
     def _probe_pictures(self) -> None:
+        if self.pictures_have_names:
+            look_at(self.name, [*self._places_of_pictures(every=max(1, len(self._store.end) // NUM_LOOKED_AT))])
+            return
         having = []
         for sample in range(0, len(self._store.end), max(1, len(self._store.end) // NUM_PROBED)):
             if images := self._store[sample]["images"]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from data.batch import Dialogue, Turn
+from data.decode import open_image
 from data.language import language_of
 from data.source import BadSample
 from data.source.columns import ColumnSource
@@ -48,7 +49,7 @@ def test_visualglm(tmp_path: Path, name: str) -> None:
     assert [where for where, _ in everything(source)] == [f"{name}, row {n}" for n in (2, 3, 1)]
     assert source.read("zh", 0).images == (jpeg(0),) and source.read("en", 0).images == (jpeg(1),)
     assert source.read("en", 1).images == ()
-    assert source.read("zh", 0).key == "row 1"
+    assert source.read("zh", 0).key == "row 1, a.jpg"
 
 
 def test_half_a_character_is_left_out(tmp_path: Path) -> None:
@@ -285,10 +286,33 @@ def test_a_missing_picture_is_a_bad_sample_and_no_error_at_the_start(tmp_path: P
     source = VisualGLMJson(path=str(write_json(tmp_path / "data.json", VISUALGLM)))
     with pytest.raises(BadSample) as bad:
         source.read("zh", 0)
-    assert (bad.value.reason, bad.value.key) == ("no image", "row 1") and bad.value.shard.endswith("data.json")
+    assert (bad.value.reason, bad.value.key) == ("no image", "row 1, a.jpg") and bad.value.shard.endswith("data.json")
     (tmp_path / "b.jpg").unlink()
-    with pytest.raises(ValueError, match="none of 2 pictures looked for is there.*image_root"):
+    with pytest.raises(
+        ValueError, match=r"none of 2 pictures looked at can be used.*image_root.*a.jpg \(row 1\): no image"
+    ):
         VisualGLMJson(path=str(tmp_path / "data.json"))
+
+
+def test_pictures_that_a_training_would_stumble_over_are_told_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As they lie about where X-rays come from: a picture that is missing, an export that is none, one cut short."""
+    write_pictures(tmp_path, ["影像 2024.jpg", "fine.jpg"])
+    (tmp_path / "IM0001.dcm").write_bytes(bytes(128) + b"DICM" + bytes(500))
+    (tmp_path / "cut.jpg").write_bytes(jpeg(1)[:15])
+    names = ["影像 2024.jpg", "IM0001.dcm", "fine.jpg", "missing.png", "cut.jpg"]
+    file = write_json(tmp_path / "a.jsonl", [{"img": name, "prompt": "q", "label": "a"} for name in names])
+    source = VisualGLMJson(path=str(file))
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "visualglm_json: 3 of 5 pictures looked at cannot be used; a training takes others instead" in told
+    expected = (
+        "IM0001.dcm (row 2): DICOM file (export it as PNG); missing.png (row 4): no image; cut.jpg (row 5): trunc"
+    )
+    assert expected in told
+    with pytest.raises(BadSample) as bad:
+        open_image(source.read("en", 1).images[0])
+    assert bad.value.reason == "DICOM file (export it as PNG)"
 
 
 def test_a_link_out_of_the_root_is_not_followed(tmp_path: Path) -> None:

@@ -118,6 +118,14 @@ def test_every_mode_becomes_rgb() -> None:
     assert np.array_equal(to_rgb(reread), Image.fromarray(grey).convert("RGB"))
 
 
+@pytest.mark.parametrize(("bits", "brightest"), [(8, 255), (10, 1023), (10, 300), (12, 4095), (12, 1100), (16, 4096)])
+def test_x_rays_of_few_bits_in_sixteen_are_not_black(bits: int, brightest: int) -> None:
+    grey = np.linspace(0, brightest, 64).astype(np.uint16).reshape(8, 8)
+    expected = np.rint(grey / (2**bits - 1) * 255).astype(np.uint8)
+    for image in (open_image(encoded(Image.fromarray(grey), "PNG")), Image.fromarray(grey.astype(np.int32))):
+        assert np.array_equal(to_rgb(image), Image.fromarray(expected).convert("RGB"))
+
+
 def test_transparency_lies_on_white() -> None:
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     half = Image.new("RGBA", (4, 4), (255, 0, 0, 128))

@@ -52,6 +52,14 @@ def test_every_rank_comes_to_the_same_verdict() -> None:
             monitor.update(50, 2, own)
 
 
+def test_a_sample_that_came_again_is_named_once() -> None:
+    again = [Skip("s", "/reports.jsonl", f"row {n % 2}, {n % 2}.dcm", "DICOM file") for n in range(9)]
+    with pytest.raises(ValueError) as caught:
+        SkipMonitor(0.001, least=10).update(100, 9, again)
+    named = [line for line in str(caught.value).splitlines() if "/reports.jsonl" in line]
+    assert named == [f"  s: /reports.jsonl row {n}, {n}.dcm (DICOM file)" for n in (0, 1)]
+
+
 def test_limits_at_the_ends() -> None:
     with pytest.raises(ValueError):
         SkipMonitor(0.0).update(1000, 1, skips(1))

@@ -127,7 +127,7 @@ def test_too_many_bad_samples_end_a_run_of_two_ranks_with_our_words(tmp_path: Pa
     before, _, last = done.stdout.partition("error: ")
     assert "data.max_skip_rate allows 1.0%" in last and f"{tmp_path}/shards/00000.tar 000" in last, done.stdout
     assert last.splitlines()[-2:] == [
-        "Repair or leave out these shards, or raise data.max_skip_rate.",
+        "Repair them, leave them out of the data, or raise data.max_skip_rate.",
         "(QUEQIAO_TRACEBACK=1 shows where it was raised)",
     ]
     assert "error: " not in last and "Traceback" not in done.stdout, done.stdout
