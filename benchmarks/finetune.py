@@ -41,7 +41,7 @@ from omegaconf import DictConfig
 
 from data.batch import IGNORED, DialogueBatch, EncodedDialogue
 from model.weights.checkpoint import Checkpoint
-from model.weights.filling import Part, fill
+from model.weights.filling import Home, Part, fill, send_home
 from train.config import build, compose
 from train.distributed import Ranks
 from train.engine import Engine, resolve_precision, store_frozen
@@ -202,6 +202,7 @@ def build_stage(config: DictConfig, device: torch.device) -> Stage:
         model = build(config.model.visual_chat, vision=vision, qformer=qformer, llm=llm)
     adapter = build(config.model.adapter)
     adapter.prepare(model, device=device)
+    send_home(model, Home(device))
     if quantised:
         checkpoint = random_checkpoint(llm, device, getattr(torch, config.model.llm.dtype))
         fill(model, checkpoint, [Part(f"llm.{name}", (name,), "llm") for name in checkpoint.shapes])

@@ -196,8 +196,8 @@ class Lora:
 class QLora(Lora):
     """LoRA on a language model whose blocks are stored in 4 bits, NF4 (arXiv 2305.14314); on CUDA and on a CPU.
 
-    Each map is quantised as its weights arrive (`model.llm.device=meta`, `initial_std=null`), or one after the other
-    where they are there already: the GPU never holds more than one of them in 16 bits.  Encoder, Q-Former, projection,
+    Each map is quantised as its weights arrive from a checkpoint, or one after the other where they are there already:
+    the GPU never holds more than one of them in 16 bits.  Encoder, Q-Former, projection,
     embeddings and output head stay as they are.
 
     Args:
@@ -252,7 +252,7 @@ def refuse_empty(model: nn.Module) -> None:
     if empty:
         raise ValueError(
             f"{len(empty)} tensors were built without memory and came from no checkpoint (first: {empty[0]}): name one "
-            f"in model.weights, or build the language model with device=cpu"
+            f"in model.weights, or build the part with device=cpu"
         )
 
 

@@ -90,6 +90,10 @@ class _How:
     device: torch.device
     dtype: str
 
+    @property
+    def home(self) -> Home:
+        return Home(self.device, DTYPES[self.dtype])
+
 
 def device_of(wish: str) -> torch.device:
     """Raises ValueError where there is no such device."""
@@ -134,7 +138,7 @@ def _run(path: Path, how: _How, checkpoint: str, *, keep_adapter: bool) -> Visua
         trained = trained.only(lambda name: ".lora_" not in name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config["run"]["seed"])  # what no file has was drawn so when the run began
-        model, report = assemble(nodes, _language_model(nodes, how), device=how.device)
+        model, report = assemble(nodes, _language_model(nodes, how), device=how.device, home=how.home)
     left = [name for name in report.new if name not in trained.shapes]
     if absent and left:
         raise ValueError(
@@ -203,8 +207,8 @@ def _visualglm(
     if how.bits is not None:
         quantise(llm, how)
     qformer = QFormer(vocab_size=1, pad_id=0, dropout=0.0, **sizes["qformer"])
-    model = VisualChatModel(eva_vit(**sizes["vision"]), qformer, llm)
-    send_home(model, Home(how.device))
+    model = VisualChatModel(eva_vit(**sizes["vision"], device="meta"), qformer, llm)
+    send_home(model, how.home)
     stage_two.initialise(model, visualglm=str(path), qkv_order=qkv_order)
     return model
 

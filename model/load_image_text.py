@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model.adapter import refuse_empty
+from model.assemble import image_encoder
 from model.build import build
 from model.image_text import ImageTextModel
 from model.load import moved
 from model.weights import ours
 from model.weights.checkpoint import open_file
-from model.weights.filling import LoadReport
+from model.weights.filling import Home, LoadReport, send_home
 
 
-def assemble_image_text(nodes: Mapping[str, Any], codec: Any) -> tuple[ImageTextModel, LoadReport]:
-    """Stage one's model with its starting weights, and what became of every tensor."""
-    vision = build(nodes["vision"])
+def assemble_image_text(
+    nodes: Mapping[str, Any],
+    codec: Any,
+    home: Home | None = None,
+    check: Callable[[ImageTextModel], object] | None = None,
+) -> tuple[ImageTextModel, LoadReport]:
+    """Stage one's model with its starting weights, and what became of every tensor.
+
+    Args:
+        home: where a frozen encoder lives whose weights come from a file; None is the CPU.
+        check: called with the model before any file of weights is read.
+    """
+    vision = image_encoder(nodes)
     qformer = build(nodes["qformer"], vocab_size=codec.vocab_size, pad_id=codec.pad_id, image_width=vision.width)
     model: ImageTextModel = build(nodes["image_text"], vision=vision, qformer=qformer)
-    return model, build(nodes["weights"])(model)
+    if check is not None:
+        check(model)
+    send_home(model, home or Home())
+    report = build(nodes["weights"])(model)
+    refuse_empty(model)
+    return model, report
 
 
 def load(config: Mapping[str, Any], run: Path, checkpoint: str) -> tuple[ImageTextModel, Any, Path | None]:

@@ -71,9 +71,11 @@ def some_captions(sources: Mapping[str, Any], about: int = 2000) -> Iterator[str
 def build_stage(config: DictConfig, run: Any, codec: Any) -> Any:
     """Model with its starting weights, and the objectives."""
     from model.load_image_text import assemble_image_text
+    from train.run import check_groups, home_of_frozen
     from train.stage import Stage
 
-    model, report = assemble_image_text(config.model, codec)
+    check = partial(check_groups, config)
+    model, report = assemble_image_text(config.model, codec, home_of_frozen(config, run), check)
     run.say(str(report))
     return Stage(model, build(config.train.loss), run.ranks)
 

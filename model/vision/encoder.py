@@ -154,6 +154,7 @@ def eva_vit(
     initial_positions: Literal["normal", "sincos"] = "normal",
     frozen: bool = True,
     dtype: str = "float32",
+    device: str | None = None,
     ln_eps: float = LAVIS_LN_EPS,
     pixel_mean: Sequence[float] = CLIP_MEAN,
     pixel_std: Sequence[float] = CLIP_STD,
@@ -166,7 +167,8 @@ def eva_vit(
     therefore an identity here.  Weights start random (N(0, initial_std)); `model/weights/` fills them, and a narrow
     encoder from scratch wants about width ** -0.5.  With `initial_positions` sincos the learned position embeddings
     begin as waves over rows and columns (MAE, arXiv 2111.06377; plain ViT baselines, arXiv 2205.01580), so that
-    patches know their neighbours before anything is learned: it matters for short trainings from scratch.
+    patches know their neighbours before anything is learned: it matters for short trainings from scratch.  On the
+    `device` meta nothing is drawn, and memory comes with the weights (`model.weights.filling.Home`).
     """
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
@@ -187,7 +189,8 @@ def eva_vit(
         initializer_range=initial_std,  # the library's 1e-10 is meant to be overwritten, and would never train
         qkv_bias=True,
     )
-    network = Blip2VisionModel._from_config(config, attn_implementation="sdpa")
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        network = Blip2VisionModel._from_config(config, attn_implementation="sdpa")
     network.post_layernorm = nn.Identity()
     if initial_positions == "sincos":
         with torch.no_grad():

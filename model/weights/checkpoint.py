@@ -10,6 +10,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,19 @@ def _open_shards(path: Path, index: str) -> Checkpoint:
             f"{path} is incomplete: {', '.join(absent)} of {index} is missing; "
             f"run `python scripts/fetch_weights.py` again, it resumes"
         )
-    shards = {file: open_file(path / file) for file in set(weight_map.values())}
-    astray = [f"{name} is not in {file}" for name, file in weight_map.items() if name not in shards[file].shapes]
+    there = {file: open_file(path / file).shapes for file in set(weight_map.values())}
+    astray = [f"{name} is not in {file}" for name, file in weight_map.items() if name not in there[file]]
     if astray:
         raise ValueError(
             f"{path / index} does not fit its shards: {len(astray)} tensors are not where it says (first: {astray[0]})"
         )
-    shapes = {name: shards[file].shapes[name] for name, file in weight_map.items()}
-    return Checkpoint(str(path), shapes, lambda name: shards[weight_map[name]].read(name))
+    shapes = {name: there[file][name] for name, file in weight_map.items()}
+
+    @lru_cache(maxsize=1)  # the pages of a file that stays open count as this process' memory
+    def shard(file: str) -> Checkpoint:
+        return open_file(path / file)
+
+    return Checkpoint(str(path), shapes, lambda name: shard(weight_map[name]).read(name))
 
 
 def read_config(path: Path) -> Config:

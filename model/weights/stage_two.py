@@ -12,8 +12,8 @@ from model.weights import chatglm_folder, glm, ours, sat
 from model.weights.filling import LoadReport
 from model.weights.visualglm import QkvOrder
 
-
-LANGUAGE_MODEL = ("llm", "visualglm")  # the arguments that bring a whole language model
+LANGUAGE_MODEL = ("llm", "visualglm")  # arguments that bring the whole of it, or an error
+ENCODER = ("vision", "visualglm")
 
 
 def initialise(
@@ -27,8 +27,8 @@ def initialise(
     visualglm: str | None = None,
     qkv_order: QkvOrder | None = None,
 ) -> LoadReport:
-    """Fill stage two's model before it is handed to the engine: what was built without memory goes to its home, the rest
-    is on the CPU (`filling.Home`).  Later ones replace earlier.
+    """Fill stage two's model before it is handed to the engine: what was built without memory goes to its home
+    (`filling.Home`), the rest is on the CPU.  Later ones replace earlier.
 
     Args:
         all, vision, qformer: BLIP-2 of LAVIS or transformers, as in stage one (`model.weights.initialise`).
