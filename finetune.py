@@ -20,6 +20,7 @@ def main() -> None:
     from train.run import finish, start, train
 
     with user_errors():
+        check_adapter(config)
         run = start(config)
         sources = build_sources(config)
         llm = build_llm(config, run, sources)
@@ -32,6 +33,13 @@ def main() -> None:
         write_results(config, run, stage.model, done)
         run.say("\n".join(sorted({f"({note})" for e in evaluators if (note := getattr(e, "note", None))})))
         finish()
+
+
+def check_adapter(config: DictConfig) -> None:
+    """Values that no model could have; nothing is read or written yet."""
+    adapter = build(config.model.adapter)
+    if config.train.engine.zero_stage == 3:
+        adapter.check_zero3()
 
 
 def build_llm(config: DictConfig, run: Any, sources: Any) -> Any:
@@ -73,12 +81,11 @@ def some_dialogues(sources: Any, about: int = 6000) -> tuple[list[Any], list[Any
 def build_stage(config: DictConfig, run: Any, llm: Any) -> Any:
     """Model with its starting weights, what is put on it to learn, and the objective."""
     from model.assemble import assemble
-    from train.run import home_of_frozen
+    from train.run import check_groups, home_of_frozen
     from train.stage import Stage
 
-    if config.train.engine.zero_stage == 3:
-        build(config.model.adapter).check_zero3()
-    model, report = assemble(config.model, llm, device=run.device, home=home_of_frozen(config, run))
+    home, check = home_of_frozen(config, run), partial(check_groups, config)
+    model, report = assemble(config.model, llm, device=run.device, home=home, check=check)
     run.say(str(report))
     return Stage(model, build(config.train.loss), run.ranks)
 

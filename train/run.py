@@ -270,6 +270,11 @@ def groups_of(config: DictConfig, stage: nn.Module) -> list[ParameterGroup]:
     )
 
 
+def check_groups(config: DictConfig, model: nn.Module) -> None:
+    """The same of a model that is no stage yet, or not filled yet, for mistakes that need no weights to be found."""
+    groups_of(config, nn.ModuleDict({"model": model}))
+
+
 def flat_rates(node: Mapping[str, Any], before: str = "") -> dict[str, float]:
     """`train.optim.part_lr.model.projection=...` on the command line comes as sections, in a file with dots."""
     found: dict[str, float] = {}
