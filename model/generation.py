@@ -65,6 +65,8 @@ class Decoding:
             raise ValueError(f"top_p is {self.top_p}; expected a probability, 0 to 1")
         if not 0.01 <= self.repetition_penalty <= 100:
             raise ValueError(f"repetition_penalty is {self.repetition_penalty}; expected 0.01 to 100 (1 is none)")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}; expected a whole number of 64 bits")
         if self.num_beams > 1 and self.temperature > 0:
             raise ValueError(
                 f"num_beams={self.num_beams} and temperature={self.temperature}: beam search draws nothing; set one of "

@@ -42,21 +42,27 @@ def add_decoding_options(parser: argparse.ArgumentParser) -> None:
 
 
 def session_from(options: argparse.Namespace) -> Session:
-    """Raises ValueError: see `model.load.load`."""
+    """Raises ValueError: see `model.load.load`; a package that this model needs and others do not (ChatGLM-6B's is
+    SwissArmyTransformer, which needs deepspeed and triton)."""
     if options.max_tokens < 2:
         raise ValueError(f"--max-tokens is {options.max_tokens}; a conversation takes more, its answer included")
-    return Session.load(
-        options.model,
-        options.adapter,
-        quantize=options.quantize,
-        device=options.device,
-        device_map=options.device_map,
-        dtype=options.dtype,
-        tokenizer=options.tokenizer,
-        qkv_order=options.qkv_order,
-        checkpoint=options.checkpoint,
-        max_tokens=options.max_tokens,
-    )
+    try:
+        return Session.load(
+            options.model,
+            options.adapter,
+            quantize=options.quantize,
+            device=options.device,
+            device_map=options.device_map,
+            dtype=options.dtype,
+            tokenizer=options.tokenizer,
+            qkv_order=options.qkv_order,
+            checkpoint=options.checkpoint,
+            max_tokens=options.max_tokens,
+        )
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{options.model} needs the package {error.name!r}, which is not installed here (try scripts/setup.sh)"
+        ) from error
 
 
 def decoding_from(options: argparse.Namespace) -> Decoding:

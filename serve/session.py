@@ -124,7 +124,7 @@ class Session:
         self,
         image: Picture | None,
         question: str,
-        history: Sequence[Sequence[str]] = (),
+        history: Sequence[Sequence[str]] | None = None,
         *,
         language: str | None = None,
         **decoding: Any,
@@ -134,7 +134,8 @@ class Session:
         Args:
             image: shown with this question, unless it is the picture that was shown last; where the history is of plain
                 pairs, as VisualGLM's is, before the first question.
-            history: what an earlier call gave, or pairs of a question and its answer.
+            history: what an earlier call gave, or pairs of a question and its answer; None, as VisualGLM has it, or an
+                empty one to begin.
             language: of the template, "zh" or "en"; None goes by the script of the question.
             decoding: fields of `model.generation.Decoding`, where they shall not be `CHAT`'s.
         Raises:
@@ -149,7 +150,7 @@ class Session:
         self,
         image: Picture | None,
         question: str,
-        history: Sequence[Sequence[str]] = (),
+        history: Sequence[Sequence[str]] | None = None,
         *,
         language: str | None = None,
         **decoding: Any,
@@ -177,19 +178,22 @@ class Session:
             )
         try:
             return self.transform.image(image)
-        except BadSample as bad:
+        except (BadSample, TypeError) as bad:  # TypeError: an array that Pillow makes no picture of
             raise ValueError(f"the picture cannot be used: {bad}") from bad
 
     def ask(
         self,
         image: Picture | None,
         question: str,
-        history: Sequence[Sequence[str]] = (),
+        history: Sequence[Sequence[str]] | None = None,
         *,
         language: str | None = None,
         decoding: Decoding = CHAT,
     ) -> Ask:
         """See `chat`."""
+        history = history or ()
+        if not isinstance(question, str):
+            raise ValueError(f"the question is text, not {type(question).__name__}")
         for pair in history:
             if isinstance(pair, str) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
                 raise ValueError(f"the history holds pairs of a question and its answer, not {pair!r}")

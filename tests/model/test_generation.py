@@ -312,6 +312,7 @@ def test_logits_that_overflowed_are_an_error_and_no_token(num_beams: int) -> Non
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
         ({"repetition_penalty": 0}, "repetition_penalty is 0"),
         ({"num_beams": 2, "temperature": 1.0}, "beam search draws nothing"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; expected a whole number of 64 bits"),
     ],
 )
 def test_values_out_of_range(wrong: dict[str, Any], expected: str) -> None:

@@ -119,6 +119,7 @@ def test_pictures_that_cannot_be_used(session: Session) -> None:
         (b"not a picture", "cannot be used: unreadable image"),
         (buffer.getvalue()[:60], "cannot be used: truncated image"),
         (b"", "cannot be used: unreadable image"),
+        (np.zeros((28, 28, 3), np.float32), "cannot be used: Cannot handle this data type"),
     ):
         with pytest.raises(ValueError, match=expected):
             session.picture(broken)
@@ -240,6 +241,7 @@ def test_dropout_is_off(pieces: Path) -> None:
     ("arguments", "expected"),
     [
         ((None, "  "), "the question is empty"),
+        ((None, None), "the question is text, not NoneType"),
         ((None, "Q", [("a",)]), "pairs of a question and its answer"),
         ((None, "Q", ["ab"]), "pairs of a question and its answer"),
         ((None, "Q", [("a", 1)]), "pairs of a question and its answer"),
@@ -248,6 +250,11 @@ def test_dropout_is_off(pieces: Path) -> None:
 def test_what_cannot_be_asked(session: Session, arguments: Any, expected: str) -> None:
     with pytest.raises(ValueError, match=expected):
         session.chat(*arguments)
+
+
+def test_no_history_is_none_as_visualglm_has_it(session: Session) -> None:
+    assert chat(session, picture(0), "描述", None) == chat(session, picture(0), "描述", [])
+    assert list(session.stream(None, "Q", None, temperature=0, max_new_tokens=3))
 
 
 def test_values_out_of_range_are_told(session: Session) -> None:

@@ -26,7 +26,7 @@ from serve.terminal import TEXTS, Terminal
 from tests.conftest import ROOT
 from tests.model.glm_common import train_sentencepieces
 from tests.tiny_chat import pictures, tiny_chat, train_pieces
-from tests.tiny_run import glm_nodes, write_run
+from tests.tiny_run import chatglm_nodes, glm_nodes, write_run
 
 # the first process of a session may take a terminal as its own: then Ctrl-C there is a signal, as for a person
 OWN_TERMINAL = (
@@ -150,6 +150,27 @@ def test_what_cannot_be_done_is_one_sentence(
     monkeypatch.setattr(sys, "argv", ["chat.py", *options])
     with pytest.raises(SystemExit, match=expected):
         main()
+
+
+def test_a_package_that_a_model_alone_needs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scripts.chat import main
+
+    write_run(tmp_path / "run", chatglm_nodes(train_pieces(tmp_path / "ice_text.model"), tmp_path / "base"))
+    for name in [name for name in sys.modules if name.split(".")[0] == "sat" or name == "model.llm.sat_network"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [Without("sat"), *sys.meta_path])
+    monkeypatch.setattr(sys, "argv", ["chat.py", "--model", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match=r"^chat: .*run needs the package 'sat', which is not installed here"):
+        main()
+
+
+class Without:
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.split(".")[0] == self.package:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=self.package)
 
 
 # ------------------------------------------------------------------------------------------------------ line by line
