@@ -17,6 +17,7 @@ def main() -> None:
     # A bad config ends here, before torch or any data is touched.
     config = from_command_line("finetune")
 
+    from data.picture_sides import warn_of_shared
     from train.run import finish, start, train
 
     with user_errors():
@@ -28,6 +29,7 @@ def main() -> None:
         run.say(loader.table())
         stage = build_stage(config, run, llm)
         evaluators = [build(node, codec=llm.codec, name=name) for name, node in config.train.evaluator.items() if node]
+        warn_of_shared(sources, evaluators)
         flops = stage.model.train_flops_per_sample
         done = train(config, run, stage, loader, evaluators, flops_per_sample=flops)
         write_results(config, run, stage.model, done)
