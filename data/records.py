@@ -109,15 +109,19 @@ def text_of(record: Mapping[str, Any], name: str, *, empty: bool = False) -> str
     return value.strip()
 
 
-def texts_of(record: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    """A text or a list of texts; nothing where the field is missing or null."""
+def texts_of(record: Mapping[str, Any], name: str, what: str = "path") -> tuple[str, ...]:
+    """A text or a list of texts; nothing where the field is missing or null.
+
+    Args:
+        what: they are, for the error.
+    """
     value = record.get(name)
     if value is None:
         return ()
     values = value if isinstance(value, list) else [value]
     for item in values:
         if not isinstance(item, str) or not item.strip():
-            raise Malformed(name, "a path, or a list of paths", item)
+            raise Malformed(name, f"a {what}, or a list of {what}s", item)
     return tuple(values)
 
 

@@ -19,7 +19,11 @@ def build(node: Any, **arguments: Any) -> Any:
 
     Nothing outside our own packages is called, whatever a config says: Hydra's own list of forbidden functions has been
     got around (GHSA-37p2-j732-x8pj).  Arguments are handed over as they are, never copied into a config.
+
+    Raises:
+        ConfigError; what the object and its parts raise themselves.
     """
+    from hydra.errors import InstantiationException
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
@@ -30,7 +34,13 @@ def build(node: Any, **arguments: Any) -> Any:
         if target.partition(".")[0] not in PACKAGES:
             raise ConfigError(f"_target_ {target}: only things in {', '.join(PACKAGES)} are built from a config")
     wants_partial = bool(plain.get("_partial_", False))
-    factory = instantiate({**plain, "_partial_": True, "_convert_": "all"})
+    try:
+        factory = instantiate({**plain, "_partial_": True, "_convert_": "all"})
+    except InstantiationException as error:
+        # of a part, an evaluator's source for instance: its sentence is for the user, and Hydra's frames are not
+        if isinstance(error.__cause__, ValueError):
+            raise error.__cause__  # noqa: B904 - its own cause stays
+        raise
     return partial(factory, **arguments) if wants_partial else factory(**arguments)
 
 

@@ -247,3 +247,14 @@ def test_what_goes_wrong_is_a_sentence(
     with pytest.raises(SystemExit) as ended:
         entry.main()
     assert ended.value.code == 1 and "error: " in (said := capsys.readouterr().err) and "Traceback" not in said
+
+
+def test_what_is_wrong_with_a_file_to_measure_on_is_a_sentence(run: Path, tmp_path: Path) -> None:
+    """Hydra builds the source of an evaluator, and would tell where it was in forty lines."""
+    file = tmp_path / "pairs.jsonl"
+    file.write_text('{"image": "a.png", "zh": "", "en": "a cat"}\n', encoding="utf-8")
+    with pytest.raises(
+        ValueError, match=r"row 1: field 'zh': expected a caption, or a list of captions, found \"\""
+    ) as e:
+        evaluated(f"run={run}", "train/evaluator=jsonl_pairs", f"train.evaluator.retrieval.source.path={file}")
+    assert str(e.value).startswith("jsonl_pairs: ")

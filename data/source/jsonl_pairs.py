@@ -44,7 +44,7 @@ class JsonlPairs(PairSource):
                     image = checked(text_of(row, "image"))
                     image_id = str(row.get("image_id") or image)
                     for language, name in self.caption_fields.items():
-                        captions = texts_of(row, name)
+                        captions = texts_of(row, name, "caption")
                         if captions:
                             yield Entry(image, captions, language, image_id)
                 except Malformed as error:
