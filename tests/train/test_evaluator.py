@@ -76,6 +76,16 @@ def test_captions_are_judged_one_by_one(tokenizer_dir: Path) -> None:
     assert set(found.pictures) == {"zh", "en"}
 
 
+def test_pictures_without_captions_are_not_measured(tokenizer_dir: Path) -> None:
+    """MUGE's that no query asks for are candidates of retrieval, and right for nothing here."""
+    tokenizer = codec(tokenizer_dir)
+    parrot = Parrot([tokenizer.encode(text)[1:] for text in ("a red circle", "a blue star", "a green square")])
+    album = Album([(0, ["a red circle"]), (1, []), (2, ["a green square"])])
+    found = CaptionEvaluator(album, EvalTransform(image_size=32), tokenizer)(parrot, device=CPU, ranks=ALONE)  # type: ignore[arg-type]
+    assert found.metrics["en/num_images"] == 2 and found.metrics["en/13a/rouge_l"] == 1
+    assert found.lines[0] == "caption en: 2 captions" and set(found.pictures) == {"en"}
+
+
 def test_what_follows_the_end_is_cut() -> None:
     assert before_end([5, 6, 3, 7, 3], 3) == [5, 6]
     assert before_end([5, 6], 3) == [5, 6]

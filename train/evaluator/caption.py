@@ -75,18 +75,20 @@ class CaptionEvaluator:
             pool = self.pools.of(language, ranks)
             with evaluating(model):
                 captions = self.captions(model, pool, device, ranks, predictions)
-            found = text_scores(captions, pool.references, language)
-            head = f"{self.name} {language}: {pool.num_images} captions"
+            measured = [image for image, texts in enumerate(pool.references) if texts]  # a shop has pictures without
+            references = [pool.references[image] for image in measured]
+            found = text_scores([captions[image] for image in measured], references, language)
+            head = f"{self.name} {language}: {len(measured)} captions"
             right: list[bool | None] = [None] * len(captions)
             if self.judge is not None:
                 right = [self.judge(said, it, language) for said, it in zip(captions, pool.samples, strict=True)]
                 found["exactly_right"] = sum(map(bool, right)) / len(right)
                 head += f", {found['exactly_right']:.1%} exactly right"
-            found["num_images"] = float(pool.num_images)
+            found["num_images"] = float(len(measured))
             metrics |= {f"{language}/{key}": value for key, value in found.items()}
             left_out = f", {pool.num_left_out} samples could not be read" if pool.num_left_out else ""
             lines += [head + left_out, *(f"  {line}" for line in told(found))]
-            shown = pool.pictures(spread(pool.num_images, self.examples), ranks)
+            shown = pool.pictures([measured[place] for place in spread(len(measured), self.examples)], ranks)
             if shown and ranks.is_first:
                 pictures[language] = caption_examples(shown, captions, right, pool.references)
         return Evaluation(metrics, pictures, tuple(lines))
