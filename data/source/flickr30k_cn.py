@@ -22,7 +22,7 @@ from data.records import Malformed
 from data.source.pairs import Entry, PairSource, checked, ids_of, lines_of
 
 _PART_OF_SPEECH = re.compile(r":[A-Za-z]+$")
-_LISTED = re.compile(r"(?P<id>[^\s,#]+?)(\.jpe?g)?(#\w+)?(\t|,)\s*(?P<caption>.*\S)")
+_LISTED = re.compile(r"(?P<id>[^\s,#]+?)(\.jpe?g)?(#\w+)?(?P<mark>\t|,)\s*(?P<caption>.*\S)")
 _HEADER = ("image,caption", "image,comment", "image_name,comment")
 
 
@@ -75,8 +75,18 @@ class Flickr30kCn(PairSource):
             if found is None:
                 expected = "expected an image, a tab or a comma, and a caption"
                 raise ValueError(f"{self.name}: {file}, line {number}: {expected}: {line[:80]!r}")
-            said.setdefault(found["id"], []).append(found["caption"])
+            said.setdefault(found["id"], []).append(
+                unquoted(found["caption"]) if found["mark"] == "," else found["caption"]
+            )
         return said
+
+
+def unquoted(caption: str) -> str:
+    """As CSV writes one with a comma or quotes in it: "He said ""hi"", then left"."""
+    inner = caption[1:-1].replace('""', "")
+    if len(caption) > 1 and caption[0] == caption[-1] == '"' and '"' not in inner:
+        return caption[1:-1].replace('""', '"').strip()
+    return caption
 
 
 def joined(words: str, *, tagged: bool) -> str:

@@ -15,6 +15,7 @@ import binascii
 import logging
 import os
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,7 @@ class MugeTable(PairSource):
                         f"{self.name}: {self.table}, line {number}: expected an id, a tab and base64: {line[:40]!r}"
                     )
                 if tab:
-                    item = told.decode("utf-8", "replace").strip()
+                    item = told.removeprefix(BOM_UTF8).decode("utf-8", "replace").strip()
                     self._place[item] = len(self._start)
                     self._start.append(at + len(told) + 1)
                     self._end.append(at + len(told) + 1 + len(packed.rstrip()))

@@ -186,6 +186,22 @@ def test_flickrs_english_list_and_a_line_that_is_none(tmp_path: Path, pictures: 
     assert joined("3:m :wky 米:q", tagged=True) == "3米"
 
 
+def test_a_list_may_be_real_csv(tmp_path: Path, pictures: str) -> None:
+    """Spreadsheets put quotes around a caption with a comma; a caption may also be in quotes of its own."""
+    lines = [
+        "image,caption",
+        '1007129816.jpg,"一个男人, 戴着帽子"',
+        '1007129816.jpg,"He said ""hi"", then left"',
+        '1009434119.jpg,"Sit" and "stay"',
+        '1009434119.jpg,"',
+    ]
+    source = Flickr30kCn(path=str(write(tmp_path / "list.csv", "\r\n".join(lines))), image_root=pictures)
+    assert pairs(source, "zh") == {
+        "1007129816.jpg": ("一个男人, 戴着帽子", 'He said "hi", then left'),
+        "1009434119.jpg": ('"Sit" and "stay"', '"'),
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------- MUGE
 
 QUERIES = [
@@ -221,6 +237,13 @@ def test_muge(tmp_path: Path, rename: Any) -> None:
     samples = [source.read("zh", index) for index in range(3)]
     assert [sample.image for sample in samples] == [jpeg(item % 97) for item in (42967, 517602, 1076345)]
     assert [sample.caption_ids for sample in samples] == [("8426",), ("8428", "8429"), ("8428",)]
+
+
+def test_a_byte_order_mark_is_no_part_of_an_id(tmp_path: Path) -> None:
+    images = Path(muge(tmp_path, QUERIES).images)
+    images.write_bytes(b"\xef\xbb\xbf" + images.read_bytes())
+    again = MugeTable(images=str(images), queries=str(tmp_path / "MR_valid_queries.jsonl"))
+    assert pairs(again, "zh") == pairs(muge(tmp_path, QUERIES), "zh")
 
 
 def test_muges_pool_has_the_pictures_that_nobody_asked_for(tmp_path: Path) -> None:
