@@ -38,6 +38,7 @@ from train.engine import (
     whole,
 )
 from train.optim import ParameterGroup, format_table, groups_table, lr_factor, parameter_groups
+from train.run_dir import open_run_dir
 from train.tracking import Tracker, WandbWriter
 from train.trainer import Loader, Trainer
 
@@ -67,8 +68,7 @@ def start(config: DictConfig) -> Run:
     run_dir = Path(ranks.broadcast_object(str(_run_dir(Path(config.run.dir), config.run.resume))))
     Checkpoints(run_dir, ranks, keep=0).refuse_if_none_is_whole()
     if ranks.is_first:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(config), encoding="utf-8")
+        open_run_dir(run_dir, OmegaConf.to_yaml(config))
     ranks.barrier()
     if config.run.deterministic and device.type == "cuda":  # on a CPU everything used here is
         torch.use_deterministic_algorithms(True)
