@@ -54,11 +54,12 @@ def look_at(name: str, pictures: Sequence[tuple[Path, str, int]]) -> None:
         )
     if bad:
         log.warning(
-            "%s: %d of %d pictures looked at cannot be used; a training takes others instead, and ends where there are "
-            "too many (data.max_skip_rate).  The first: %s",
+            "%s: %d of %d pictures looked at (%.1f%%) cannot be used; a training takes others instead, and ends where "
+            "there are more of them than data.max_skip_rate allows.  The first: %s",
             name,
             len(bad),
             len(pictures),
+            100 * len(bad) / len(pictures),
             "; ".join(bad[:NUM_NAMED]),
         )
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from train.config import CONFIG_DIR, compose, defaults
+from train.config import CONFIG_DIR, compose, defaults, left_open
 from train.config_check import HYDRA_KEYS, find
 
 GROUP_FILES = sorted(p for package in ("data", "model", "train") for p in (CONFIG_DIR / package).rglob("*.yaml"))
@@ -56,12 +56,11 @@ def small_overrides(path: Path) -> list[str]:
     """What an experiment leaves to its user (`???`), so that it can be composed."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
-    from omegaconf import OmegaConf
 
     name = str(path.relative_to(CONFIG_DIR / "experiment").with_suffix(""))
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
         config = hydra_compose(entry_of(path), [f"experiment={name}"])
-    return [f"experiment={name}", *(f"{key}={example(key)}" for key in OmegaConf.missing_keys(config))]
+    return [f"experiment={name}", *(f"{key}={example(key)}" for key in left_open(config))]
 
 
 def example(key: str) -> str:

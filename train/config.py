@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import signal
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -158,10 +157,7 @@ def compose(
         over = OmegaConf.merge(base, config)
         assert isinstance(over, DictConfig)
         config = over
-    asked_for: set[str] = set()
-    with suppress(OmegaConfBaseException):  # an interpolation that leads nowhere is told below
-        asked_for = OmegaConf.missing_keys(config)  # the schema's defaults would fill these in silently
-
+    asked_for = left_open(config)  # the schema's defaults would fill these in silently
     _refuse(unknown_keys(OmegaConf.to_container(config), schema, places))
     config = _filled_in(config, schema, places)
     if asked_for:
@@ -170,6 +166,22 @@ def compose(
     _refuse(choices_and_bounds(config, schema, places))
     _refuse(unknown_keys(OmegaConf.to_container(config), schema, places))  # again: interpolations are values now
     return config
+
+
+def left_open(config: DictConfig) -> set[str]:
+    """Keys that are ???, not those which refer to one: at these OmegaConf's own list of them ends."""
+
+    def found(value: Any, path: str) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield from found(inner, f"{path}.{key}" if path else str(key))
+        elif isinstance(value, list):
+            for number, inner in enumerate(value):
+                yield from found(inner, f"{path}[{number}]")
+        elif value == "???":
+            yield path
+
+    return set(found(OmegaConf.to_container(config), ""))
 
 
 def _composed(name: str, overrides: Sequence[str], config_dir: Path, own_dir: Path | None) -> tuple[DictConfig, Places]:

@@ -219,7 +219,7 @@ class ConversationSource:
 
     def _leave_out(self, what: str) -> None:
         if self.malformed == "error":
-            raise ValueError(f"{what}.  Repair it, or leave such rows out with malformed=skip")
+            raise ValueError(f"{what}.  Repair it, or leave such rows out: data.source.<name>.malformed=skip")
         self.num_malformed += 1
         if self.num_malformed <= NUM_NAMED:
             log.warning("%s: left out: %s", self.name, what)

@@ -305,7 +305,7 @@ def test_pictures_that_a_training_would_stumble_over_are_told_at_the_start(
     file = write_json(tmp_path / "a.jsonl", [{"img": name, "prompt": "q", "label": "a"} for name in names])
     source = VisualGLMJson(path=str(file))
     (told,) = [record.getMessage() for record in caplog.records]
-    assert "visualglm_json: 3 of 5 pictures looked at cannot be used; a training takes others instead" in told
+    assert "visualglm_json: 3 of 5 pictures looked at (60.0%) cannot be used; a training takes others instead" in told
     expected = (
         "IM0001.dcm (row 2): DICOM file (export it as PNG); missing.png (row 4): no image; cut.jpg (row 5): trunc"
     )
