@@ -116,7 +116,8 @@ def _members(shard: Path, left_out: Counter[str]) -> Iterator[tuple[str, int, in
 
     A tar that was cut short gives what it still has: whatever reaches past its end is found when it is read.
     """
-    if shard.stat().st_size == 0:
+    end = shard.stat().st_size
+    if end == 0:
         raise ValueError(f"{shard}: the file is empty; expected a tar")
     try:
         tar = tarfile.open(shard, "r:")
@@ -126,14 +127,34 @@ def _members(shard: Path, left_out: Counter[str]) -> Iterator[tuple[str, int, in
         try:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
-                if member.isreg():
-                    yield member.name, member.offset_data, member.size
+                if tar.offset <= member.offset:  # a size below 0 leads back, for ever
+                    left_out["rest of a shard after a broken header"] += 1
+                    return
+                if member.isreg():  # one byte too many says that it is cut; no header may ask for a terabyte
+                    yield member.name, member.offset_data, min(member.size, max(0, end - member.offset_data) + 1)
+                if tar.offset > end:
+                    raise tarfile.ReadError("unexpected end of data")  # tarfile's own, where it can seek so far
         except tarfile.TarError:
             left_out["shard cut short"] += 1
             return
-        tar.fileobj.seek(tar.offset)
-        if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
-            left_out["rest of a shard after a broken header"] += 1  # tarfile takes it for the end and says nothing
+        reason = _what_is_lost(tar)
+        if reason:
+            left_out[reason] += 1
+
+
+def _what_is_lost(tar: tarfile.TarFile) -> str:
+    """Where tarfile takes something for the end and says nothing."""
+    assert tar.fileobj is not None
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(tarfile.BLOCKSIZE)
+    if not block:
+        return "shard cut short"  # between two members: blocks of zeros end a tar
+    if any(block):
+        return "rest of a shard after a broken header"
+    while chunk := tar.fileobj.read(1 << 20):
+        if any(chunk):
+            return "rest of a shard after an end in its middle"  # as cat a.tar b.tar makes
+    return ""
 
 
 def _rows_by_language(

@@ -179,6 +179,42 @@ def test_a_broken_header_in_the_middle_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("cut between two members", "shard cut short"),
+        ("zeros", "rest of a shard after an end in its middle"),
+        ("joined by cat", "rest of a shard after an end in its middle"),
+        ("size below 0", "rest of a shard after a broken header"),
+        ("size beyond 64 bits", "shard cut short"),
+    ],
+)
+def test_no_rest_of_a_shard_is_lost_without_a_word(tmp_path: Path, how: str, reason: str) -> None:
+    tar = write_tar(tmp_path / "a.tar", [(f"{n}{part}", b"x" * 600) for n in range(4) for part in (".jpg", ".txt")])
+    whole, third = tar.read_bytes(), 4 * 3 * 512  # each member takes three blocks
+    header = tarfile.TarInfo("1.json")
+    size = {"size below 0": -512, "size beyond 64 bits": 1 << 70}.get(how, 0)
+    header.size = size
+    tar.write_bytes(
+        {
+            "cut between two members": whole[:third],
+            "zeros": whole[:third] + bytes(512) + whole[third + 512 :],
+            "joined by cat": whole[:third] + bytes(10240) + whole,
+        }.get(how, whole[:third] + header.tobuf(tarfile.GNU_FORMAT) + whole[third:])
+    )
+    source = ShardSource(str(tar), language="en")
+    assert (source.num_samples("en"), source.left_out) == (2, {reason: 1})
+    assert [sample.captions for sample in read_all(source, "en")] == [("x" * 600,)] * 2
+
+
+def test_a_size_that_no_memory_holds_is_a_bad_sample(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("0.jpg")
+    header.size = 1 << 50
+    (tmp_path / "a.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + b"x" * 600)
+    with pytest.raises(BadSample, match="truncated shard"):
+        ShardSource(str(tmp_path), language="en").read("en", 0)
+
+
+@pytest.mark.parametrize(
     ("content", "message"), [(b"", "is empty"), (b"<html>not found</html>" * 99, "not an uncompressed tar")]
 )
 def test_what_is_no_tar_is_named(tmp_path: Path, content: bytes, message: str) -> None:
