@@ -191,9 +191,8 @@ def test_a_broken_header_in_the_middle_is_told(tmp_path: Path) -> None:
 def test_no_rest_of_a_shard_is_lost_without_a_word(tmp_path: Path, how: str, reason: str) -> None:
     tar = write_tar(tmp_path / "a.tar", [(f"{n}{part}", b"x" * 600) for n in range(4) for part in (".jpg", ".txt")])
     whole, third = tar.read_bytes(), 4 * 3 * 512  # each member takes three blocks
-    header = tarfile.TarInfo("1.json")
-    size = {"size below 0": -512, "size beyond 64 bits": 1 << 70}.get(how, 0)
-    header.size = size
+    header = tarfile.TarInfo("1.bin")
+    header.size = {"size below 0": -512, "size beyond 64 bits": 1 << 70}.get(how, 0)
     tar.write_bytes(
         {
             "cut between two members": whole[:third],
