@@ -31,8 +31,8 @@ class Pieces:
         if not path.is_file():
             raise ValueError(
                 f"there is no sentencepiece model at {path}, which model.llm.tokenizer names: ice_text.model of "
-                f"ChatGLM-6B and VisualGLM-6B, tokenizer.model of ChatGLM2 and ChatGLM3; scripts/fetch_weights.py fetches "
-                f"them with the weights"
+                f"ChatGLM-6B and VisualGLM-6B, tokenizer.model of ChatGLM2 and ChatGLM3; scripts/fetch_weights.py "
+                f"fetches them with the weights"
             )
         try:
             self._model: Any = SentencePieceProcessor(model_file=str(path))
