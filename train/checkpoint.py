@@ -66,22 +66,17 @@ class Checkpoints:
             )
 
     def save(self, engine: Engine, step: int, state: Mapping[str, Any], config_yaml: str) -> Path:
-        """Writes `step_<step>`; returns when it is on disk and all ranks know."""
+        """Writes `step_<step>`; returns when it is on disk and all ranks know.  ValueError where it cannot be."""
         weights = self._collect(engine.full_weights())
         optimizer = self._collect(engine.full_optimizer_state())
         randoms = self.ranks.gather_objects(random_state())
         folder = self.folder / f"step_{step}"
         if self.ranks.is_first:
-            for left in self.folder.glob(".step_*"):  # of a save or a removal that was cut off: gigabytes at full size
-                shutil.rmtree(left, ignore_errors=True)
-            writing = self.folder / f".step_{step}.writing"
-            writing.mkdir(parents=True)
-            save_file(weights, writing / "weights.safetensors")
-            save_file(optimizer, writing / "optimizer.safetensors")
-            save_file(
-                {f"rank_{rank}.{name}": t for rank, (t_, _) in enumerate(randoms) for name, t in t_.items()},
-                writing / "random.safetensors",
-            )
+            tensors = {
+                "weights": weights,
+                "optimizer": optimizer,
+                "random": {f"rank_{rank}.{name}": t for rank, (t_, _) in enumerate(randoms) for name, t in t_.items()},
+            }
             whole = {
                 "step": step,
                 "loss_scale": engine.loss_scale_state(),
@@ -89,22 +84,37 @@ class Checkpoints:
                 "versions": _versions(),
                 **state,
             }
-            (writing / "state.json").write_text(json.dumps(whole, indent=1), encoding="utf-8")
-            (writing / "config.yaml").write_text(config_yaml, encoding="utf-8")
-            sizes = {file.name: file.stat().st_size for file in sorted(writing.iterdir())}
-            for name in sizes:
-                _sync(writing / name)
-            (writing / MARKER).write_text(json.dumps(sizes), encoding="utf-8")
-            _sync(writing / MARKER)
-            _sync(writing)
-            shutil.rmtree(folder, ignore_errors=True)
-            writing.rename(folder)
-            self._point("latest", folder)
-            if (state.get("best") or {}).get("step") == step:
-                self._point("best", folder)
-            self._rotate(folder)
+            try:
+                self._write(folder, tensors, whole, config_yaml)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(
+                    f"{folder} could not be written: {error}.  Checkpoints before it are untouched: make room, or mend "
+                    f"the directory, and the same command goes on from the newest"
+                ) from error
         self.ranks.barrier()
         return folder
+
+    def _write(self, folder: Path, tensors: Mapping[str, Any], state: Mapping[str, Any], config_yaml: str) -> None:
+        for left in self.folder.glob(".step_*"):  # of a save or a removal that was cut off: gigabytes at full size
+            shutil.rmtree(left, ignore_errors=True)
+        writing = self.folder / f".{folder.name}.writing"
+        writing.mkdir(parents=True)
+        for name, of_file in tensors.items():
+            save_file(of_file, writing / f"{name}.safetensors")
+        (writing / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        (writing / "config.yaml").write_text(config_yaml, encoding="utf-8")
+        sizes = {file.name: file.stat().st_size for file in sorted(writing.iterdir())}
+        for name in sizes:
+            _sync(writing / name)
+        (writing / MARKER).write_text(json.dumps(sizes), encoding="utf-8")
+        _sync(writing / MARKER)
+        _sync(writing)
+        shutil.rmtree(folder, ignore_errors=True)
+        writing.rename(folder)
+        self._point("latest", folder)
+        if (state.get("best") or {}).get("step") == state["step"]:
+            self._point("best", folder)
+        self._rotate(folder)
 
     def best_of(self, state: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """What a checkpoint says of the best so far, where that one is whole; `best` leads to it again."""
