@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -384,6 +385,14 @@ def test_a_drawing_takes_the_page_s_colours_and_escapes_names() -> None:
     made = chart("loss", [Line("<b>&$x$", [1, 2], [1.0, 2.0], "#ff0000"), Line("_z", [1, 2], [1.0, 2.0], "#00ff00")])
     assert "currentColor" in made.svg and "<style" not in made.svg and "<b>" not in made.svg
     assert "&lt;b&gt;&amp;$x$" in made.svg and "_z" in made.svg
+
+
+@pytest.mark.parametrize("last", [1, 3, 20])
+def test_steps_are_whole_numbers(last: int) -> None:
+    steps = list(range(1, last + 1))
+    made = chart("loss", [Line("run", steps, [1000.0 + step for step in steps], "#ff0000")], whole=True)
+    labels = re.findall(r">\s*([\d.]+)\s*</text>", made.svg)
+    assert labels and not [label for label in labels if "." in label], labels
 
 
 def test_a_run_of_one_step_is_seen_and_a_loss_is_named_once() -> None:

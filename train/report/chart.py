@@ -199,6 +199,7 @@ def chart(
         for step in marks:
             axes.axvline(step, color=INK, lw=0.8, ls=(0, (2, 3)), alpha=0.6)
         axes.set_xlabel("step")
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # short runs had half steps
         axes.set_ylabel(unit)
         axes.set_title(title, loc="left", fontsize=11)
         _limits(axes, bottoms, tops, whole=whole)
