@@ -186,6 +186,7 @@ def chart(
     """
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context(_style(title)):
         figure = Figure(figsize=SIZE)
@@ -199,7 +200,7 @@ def chart(
         for step in marks:
             axes.axvline(step, color=INK, lw=0.8, ls=(0, (2, 3)), alpha=0.6)
         axes.set_xlabel("step")
-        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)  # short runs had half steps
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))  # there are no half steps
         axes.set_ylabel(unit)
         axes.set_title(title, loc="left", fontsize=11)
         _limits(axes, bottoms, tops, whole=whole)
