@@ -200,7 +200,7 @@ def chart(
         for step in marks:
             axes.axvline(step, color=INK, lw=0.8, ls=(0, (2, 3)), alpha=0.6)
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))  # there are no half steps
+        axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
         axes.set_ylabel(unit)
         axes.set_title(title, loc="left", fontsize=11)
         _limits(axes, bottoms, tops, whole=whole)
