@@ -17,11 +17,13 @@ not lie below the folder of PAIRS.jsonl, unless --allow-outside.
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import json
 import multiprocessing
 import os
 import re
+import stat
 import sys
 from array import array
 from collections import Counter
@@ -148,12 +150,17 @@ class FolderRows(Rows):
         return record
 
     def _text(self, name: str) -> str | None:
+        """None where no file has this name, which may be longer than a name can be."""
         try:
-            return self.path(name).read_bytes().decode("utf-8-sig").strip()
-        except FileNotFoundError:
-            return None
+            return _file_bytes(self.path(name)).decode("utf-8-sig").strip()
         except UnicodeDecodeError as error:
             raise LeftOut("not UTF-8", f"{name}: {error.reason} at byte {error.start}; expected UTF-8") from error
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.ENAMETOOLONG):
+                return None
+            raise LeftOut("unreadable text", f"{name}: {error.strerror or error}") from error
+        except RuntimeError as error:  # links in a circle
+            raise LeftOut("unreadable text", f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -188,7 +195,7 @@ class Packer:
     def _picture(self, record: dict[str, Any]) -> tuple[bytes, str]:
         """The picture's file and extension, seen to decode to the end."""
         try:
-            raw = self.rows.path(record["image"]).read_bytes()
+            raw = _file_bytes(self.rows.path(record["image"]))
             image = open_image(raw)
             extension = {"JPEG": "jpg", "MPO": "jpg"}.get(image.format or "", (image.format or "").lower())
             if self.shorter_side is not None and min(image.size) > self.shorter_side:
@@ -229,6 +236,13 @@ class Packer:
             writer.close()
         os.replace(part, file)
         return len(numbers)
+
+
+def _file_bytes(path: Path) -> bytes:
+    """A pipe would be waited for, a device be read without end.  Raises OSError."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a file")
+    return path.read_bytes()
 
 
 def _check_captions(record: dict[str, Any]) -> None:

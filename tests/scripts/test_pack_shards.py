@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -241,6 +242,22 @@ def test_a_folder_of_pictures_with_text_files(tmp_path: Path, pack) -> None:
     assert [source.read("en", i).captions for i in range(3)] == [("zero",), ("one",), ("three",)]
     assert source.num_samples("zh") == 1 and source.read("en", 2).image == (folder / "3.png").read_bytes()
     assert "expected --language zh or --language en" in pack(tmp_path / "pictures", tmp_path / "out2")
+
+
+def test_what_is_no_file_is_neither_waited_for_nor_the_end(tmp_path: Path, pack) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    longest = "鹊" * 83 + ".jpg"  # 253 bytes of at most 255: no .zh.txt has room beside it
+    for name in ("pipe.jpg", "folder.jpg", "right.jpg", longest):
+        picture(1).save(folder / name)
+    os.mkfifo(folder / "pipe.en.txt")
+    (folder / "folder.en.txt").mkdir()
+    (folder / "right.en.txt").write_text("a caption")
+    out = pack(folder, tmp_path / "out")
+    assert "2 unreadable text" in out and "pipe.en.txt: not a file" in out and "folder.en.txt: not a file" in out
+    assert "1 empty text" in out and "packed 1 sample into" in out
+    (folder / "pairs.jsonl").write_text(json.dumps({"image": "pipe.en.txt", "en": "a pipe"}))
+    assert "pipe.en.txt: not a file" in pack(folder / "pairs.jsonl", tmp_path / "none", fails=True)
 
 
 def test_hidden_files_of_a_folder_are_not_looked_at(tmp_path: Path, pack) -> None:
