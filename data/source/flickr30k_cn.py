@@ -52,9 +52,11 @@ class Flickr30kCn(PairSource):
                     raise ValueError(f"{self.name}: {place}: {error}") from error
 
     def _segmented(self, folder: Path) -> dict[str, list[str]]:
-        (sets,) = [file for file in (folder / "ImageSets").glob("*.txt")] or [
-            folder / "ImageSets" / f"{folder.name}.txt"
-        ]
+        named = folder / "ImageSets" / f"{folder.name}.txt"
+        found = [named] if named.is_file() else sorted((folder / "ImageSets").glob("*.txt"))
+        if len(found) > 1:
+            raise ValueError(f"{self.name}: {folder}/ImageSets has {len(found)} lists, and none is called {named.name}")
+        sets = found[0] if found else named
         said: dict[str, list[str]] = {image_id: [] for image_id in ids_of(sets)}
         file = folder / "TextData" / f"seg.{folder.name}.caption.txt"
         for number, line in lines_of(file):

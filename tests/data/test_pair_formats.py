@@ -162,6 +162,18 @@ def test_flickr30k_cn(tmp_path: Path, pictures: str, name: str, lines: str, expe
     assert pairs(Flickr30kCn(path=str(folder), image_root=pictures), "zh") == expected
 
 
+def test_flickr30k_cn_with_more_lists_than_its_own(tmp_path: Path, pictures: str) -> None:
+    folder = tmp_path / "flickr30kzhmbosontest"
+    write(folder / "ImageSets" / "another.txt", "1009434119\n")
+    write(folder / "TextData" / f"seg.{folder.name}.caption.txt", "1007129816#zhm#0 狗:n\n")
+    own = write(folder / "ImageSets" / f"{folder.name}.txt", "1007129816\n")
+    source = Flickr30kCn(path=str(folder), image_root=pictures)
+    assert pairs(source, "zh") == {"1007129816.jpg": ("狗",)}
+    own.rename(own.with_name("third.txt"))
+    with pytest.raises(ValueError, match=r"ImageSets has 2 lists, and none is called flickr30kzhmbosontest\.txt"):
+        Flickr30kCn(path=str(folder), image_root=pictures)
+
+
 @pytest.mark.parametrize(
     "lines",
     [
