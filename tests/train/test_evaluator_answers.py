@@ -110,6 +110,16 @@ def test_closed_and_open_questions_apart() -> None:
     assert "4 questions" in told and "1 could not be read" in told and "13a, sacrebleu" in told, told
 
 
+def test_too_few_annotators_for_vqa_accuracy_are_told() -> None:
+    """Of one annotator, leaving each out leaves nobody: 0, however right the answer is."""
+    parrot: Any = Parrot(["yes", "no", "red"])
+    asked = [("is it", ["yes"]), ("can it", ["no"] * 3), ("which", ["red"] * 4)]
+    evaluator = AnswerEvaluator(Questions(asked), EvalTransform(image_size=64), parrot, vqa=True)
+    found = evaluator(parrot, device=torch.device("cpu"), ranks=Ranks.alone())
+    assert found.metrics["en/vqa_accuracy"] == pytest.approx((0 + 2 / 3 + 1) / 3)
+    assert any("2 questions have 3 annotators or fewer" in line for line in found.lines)
+
+
 # ------------------------------------------------------------------------------------------- a small model, warmed up
 
 

@@ -30,7 +30,7 @@ from train.distributed import Ranks
 from train.evaluator import Evaluation, evaluating, in_step, own_share
 from train.evaluator.predictions import Predictions, Row
 from train.evaluator.text_metrics import majority_share, text_scores, told
-from train.evaluator.vqa_accuracy import vqa_accuracy
+from train.evaluator.vqa_accuracy import NEEDED, vqa_accuracy
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,12 @@ class AnswerEvaluator:
             for question, answer in list(zip(asked, answers, strict=True))[: self.examples]:
                 words, said = " ".join(question.asked.split()), " ".join(answer.split())
                 lines.append(f"    {words[:60]} -> {said[:80]!r}   right: {question.right[0][:80]!r}")
+            few = sum(len(question.annotated) <= NEEDED for question in asked)
+            if self.vqa and few:
+                lines.append(
+                    f"    ({few} questions have {NEEDED} annotators or fewer: by the challenge's formula no answer to "
+                    f"them is right in full)"
+                )
         return Evaluation(metrics, {}, (*lines, f"    ({self.note})") if self.note else tuple(lines))
 
     # -------------------------------------------------------------------------------------------------- predictions
