@@ -53,7 +53,7 @@ footer, #chat .wrapper > .icon-button-wrapper, #chat [data-testid="download-link
 """  # Gradio's own Clear would leave the conversation as it is; its Share uploads.  Their titles are in any language.
 _KEEP_SECONDS = 24 * 3600
 _LONGEST_STEP = 30.0  # seconds
-_READER_COMES = 10.0  # seconds; a browser asks first, and then for what is said
+_READER_COMES = 30.0  # seconds; a browser asks first, and then for what is said
 _SHOWN_EVERY = 0.1  # seconds; a browser that lays out a long answer anew for every token falls behind
 
 
