@@ -82,6 +82,17 @@ def test_weights_land_where_they_live(nodes: dict[str, Any]) -> None:
     assert linear.weight.is_meta and not hasattr(linear.weight, "home"), "it is there"
 
 
+@pytest.mark.gpu
+def test_weights_arrive_on_a_gpu_and_adapters_with_them(nodes: dict[str, Any]) -> None:
+    whole, *_ = assembled(nodes, build(nodes["llm"]))
+    llm: Any = language_model(nodes)
+    torch.manual_seed(4)
+    model, _ = assemble(nodes, llm, device=torch.device("cuda", 0))
+    assert {parameter.device.type for parameter in model.llm.parameters()} == {"cuda"}
+    for name, expected in whole.named_parameters():
+        assert torch.equal(model.get_parameter(name).cpu(), expected), name
+
+
 def test_what_is_divided_arrives_anew() -> None:
     """A second source of the same weights: this rank's part cannot be copied to."""
 
