@@ -27,9 +27,9 @@ def main() -> None:
         llm = build_llm(config, run, sources)
         loader = build_loader(config, run, sources, llm.codec)
         run.say(loader.table())
-        stage = build_stage(config, run, llm)
         evaluators = [build(node, codec=llm.codec, name=name) for name, node in config.train.evaluator.items() if node]
         warn_of_shared(sources, evaluators)
+        stage = build_stage(config, run, llm)
         flops = stage.model.train_flops_per_sample
         done = train(config, run, stage, loader, evaluators, flops_per_sample=flops)
         write_results(config, run, stage.model, done)

@@ -205,7 +205,8 @@ def test_the_experiment_composes_and_every_key_it_names_exists(tmp_path: Path) -
         own = {setting for setting in settings if setting.startswith("data.source.mine.")}  # of a fine-tuning
         compose("pretrain", ["experiment=mine", *sorted(settings - own)], config_dir=configs)
         assert own
-        compose("finetune", ["experiment=finetune/try_out", "data.source.mine.path=x", *sorted(own)], config_dir=configs)
+        tried = ["experiment=finetune/try_out", "data.source.mine.path=x"]
+        compose("finetune", [*tried, *sorted(own)], config_dir=configs)
 
 
 def test_a_mistyped_key_would_be_noticed(tmp_path: Path) -> None:

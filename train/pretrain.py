@@ -22,8 +22,8 @@ def main() -> None:
     with user_errors():
         run = start(config)
         sources, codec, loader = build_data(config, run)
-        stage = build_stage(config, run, codec)
         evaluators = build_evaluators(config, codec)
+        stage = build_stage(config, run, codec)
         train(config, run, stage, loader, evaluators, flops_per_sample=flops_counter(stage.model))
         finish()
 

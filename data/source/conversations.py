@@ -91,7 +91,7 @@ class ConversationSource:
     rows_under: ClassVar[str | None] = None  # the key that a format's list may stand under
 
     def __post_init__(self) -> None:
-        self._share = _checked_split(self.split, self.part, self.group)
+        self._share = _checked_split(self.name, self.split, self.part, self.group)
         if self.malformed not in ("error", "skip"):
             raise ValueError(f"{self.name}: malformed is {self.malformed!r}; expected error or skip")
         self.num_malformed = 0
@@ -317,11 +317,11 @@ def _check_turns(found: Conversation) -> None:
         raise Malformed("pictures", f"{shown}, as many as the turns show", list(found.images))
 
 
-def _checked_split(split: str | None, part: str | None, group: str | None) -> float | None:
+def _checked_split(name: str, split: str | None, part: str | None, group: str | None) -> float | None:
     if split is None:
         if part is not None or group is not None:
-            raise ValueError(f"part={part} and group={group} say nothing without split, such as split: 80/20")
+            raise ValueError(f"{name}: part={part} and group={group} say nothing without split, such as split: 80/20")
         return None
     if part not in PARTS:
-        raise ValueError(f"split is {split!r} and part {part!r}; expected part train or test")
+        raise ValueError(f"{name}: split is {split!r} and part {part!r}; expected part train or test")
     return held_out_share(split)

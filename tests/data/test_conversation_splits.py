@@ -67,7 +67,7 @@ def test_more_rows_move_none(tmp_path: Path, file: Path) -> None:
         ({"split": "80"}, "expected part train or test"),
         ({"split": "80", "part": "test"}, "expected train/test like 80/20"),
         ({"split": "80/20", "part": "valid"}, "part 'valid'"),
-        ({"group": "patient_id"}, "say nothing without split"),
+        ({"group": "patient_id"}, "visualglm_json: .* say nothing without split"),
         ({"split": "80/20", "part": "train", "group": "patient"}, "row 1: field 'patient': expected the group's name"),
         ({"split": "100/0", "part": "test"}, "no conversation in part 'test' of split 100/0"),
     ],

@@ -55,6 +55,21 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_learned(tmp_path: Path) ->
     assert "held_out/zh/normalised_match" in done.stdout and (tmp_path / "run/adapter/adapter_config.json").is_file()
 
 
+def test_an_evaluator_that_cannot_be_is_told_before_weights_are_read(tmp_path: Path) -> None:
+    file, rows = chest(tmp_path)
+    file.write_text(json.dumps(rows[0]), "utf-8")
+    words = ["experiment=finetune/try_out", f"data.source.mine.path={file}", f"data.source.mine.image_root={tmp_path}"]
+    words += ["data.source.mine.split=null", "data.source.mine.part=null", "model.weights.stage_one=/nowhere", *QUICK]
+    done = subprocess.run(
+        [sys.executable, "finetune.py", *words, f"run.dir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and "error: held_out: part=test and group=None say nothing" in done.stderr, done.stderr
+
+
 def test_a_file_that_is_not_named_is_asked_for_though_the_evaluator_refers_to_it() -> None:
     with pytest.raises(ConfigError, match=r"not set: data.source.mine.path\.  Say it on the command line"):
         compose("finetune", ["experiment=finetune/try_out"])
