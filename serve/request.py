@@ -119,7 +119,8 @@ def _sentence(error: ValidationError) -> str:
         or "the request"
     )
     what = {"extra_forbidden": "is not known here", "missing": "is missing"}.get(first["type"])
-    return f"{place[:200]} {what}" if what else f"{place[:200]}: {first['msg']}, not {_shown(first['input'])}"
+    # what pydantic says may repeat what was sent, however long it is
+    return f"{place[:200]} {what}" if what else f"{place[:200]}: {first['msg'][:300]}, not {_shown(first['input'])}"
 
 
 def _shown(value: Any) -> str:

@@ -195,6 +195,7 @@ MESSAGES: dict[str, tuple[Any, str]] = {
     "a data URL not in base64": (picture_at("data:image/png,%89PNG"), NOTHING_FETCHED),
     "a data URL of 2 kB's type": (picture_at(f"data:image/{'x' * 2000};base64,{base64_of(PNG)}"), NOTHING_FETCHED),
     "no address": (picture_at(None), "url is missing"),
+    "a kind without end": (say([{"type": "x" * 40_000}]), "Input tag 'xxx"),
     "an address and a path": (picture_at(data_url(PNG), path="/etc/passwd"), "path is not known here"),
     "too many pictures": (say([SHOWN] * 4), "4 pictures in one request"),
     "a picture without a question": (
