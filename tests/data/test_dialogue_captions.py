@@ -10,13 +10,13 @@ import pytest
 from data.source import BadSample
 from data.source.columns import ColumnSource
 from data.source.dialogue_captions import DialogueCaptions
+from tests.data.dialogue_files import write_pictures
 
 ROWS = [{"image": f"{n}.png", "patient_id": n // 2, "asked": "Is it round?", "answer": f"no {n}"} for n in range(40)]
 
 
 def source(folder: Path, part: str, **kinds: object) -> ColumnSource:
-    for row in ROWS:
-        (folder / str(row["image"])).write_bytes(f"picture {row['image']}".encode())
+    write_pictures(folder, [str(row["image"]) for row in ROWS])
     file = folder / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, ROWS)))
     return ColumnSource(path=str(file), language="en", split="70/30", part=part, group="patient_id", **kinds)  # type: ignore[arg-type]
@@ -31,7 +31,7 @@ def test_a_caption_is_question_and_answer_or_the_answer_alone(tmp_path: Path) ->
         row = next(row for row in ROWS if row["image"] == dialogues.images_of("en", index)[0])
         sample = asked.read("en", index)
         assert sample.captions == (f"Is it round? {row['answer']}",)
-        assert sample.image == f"picture {row['image']}".encode()
+        assert sample.image == (tmp_path / str(row["image"])).read_bytes()
         assert alone.read("en", index).captions == (row["answer"],)
 
 
