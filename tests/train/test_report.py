@@ -154,6 +154,17 @@ def test_what_is_no_run_is_told_so(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
+def test_where_no_page_can_be_written_is_told_before_anything_is_drawn(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.report.page.collect", lambda *_: pytest.fail("drawn"))
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"is a folder: name the page's file, such as .*/report\.html"):
+        write_report([run], tmp_path)
+    with pytest.raises(ValueError, match=r"file/page\.html cannot be written .*--out"):
+        write_report([run], tmp_path / "file" / "page.html")
+
+
 def test_runs_of_one_name_keep_apart(run: Path, tmp_path: Path) -> None:
     second = shutil.copytree(run, tmp_path / "elsewhere" / "small")
     names = [found.name for found in read_runs([run, second, run])]

@@ -69,23 +69,37 @@ def write_report(
     Returns:
         the HTML file; the PNGs lie beside it.
     Raises:
-        ValueError: a folder that holds no run.
+        ValueError: a folder that holds no run; a place where nothing can be written.
     """
     options = options or Options()
     runs = read_runs(folders)
     if not runs:
         raise ValueError("name the directory of a run, such as outputs/demo")
+    out = out or runs[-1].folder / "report" / (ONE_RUN if len(runs) == 1 else SEVERAL)
+    _check_place(out)
     if evaluate and _measure_missing(runs):
         runs = read_runs(folders)
-    out = out or runs[-1].folder / "report" / (ONE_RUN if len(runs) == 1 else SEVERAL)
     content = collect(runs, options)
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(html(content), encoding="utf-8", errors="replace")
     pictures = pictures_of(content)
     for name, picture in pictures.items():
         picture.save(out.parent / f"{out.stem}_{name}.png", optimize=True)
     _to_wandb(runs, pictures, wandb)
     return out
+
+
+def _check_place(out: Path) -> None:
+    """Before anything is measured or drawn.  Raises ValueError."""
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder: name the page's file, such as {out / ONE_RUN}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not out.exists()
+        out.touch()
+        if is_new:
+            out.unlink()
+    except OSError as error:
+        raise ValueError(f"{out} cannot be written ({error.strerror}): name another file (--out)") from error
 
 
 def collect(runs: Sequence[RunRecord], options: Options) -> dict[str, Any]:
