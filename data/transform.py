@@ -64,10 +64,12 @@ class TrainTransform:
 
     def __post_init__(self) -> None:
         _check(self.image_size, self.max_pixels)
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError(
                 f"transform.scale is {list(self.scale)}; expected two shares of the area, 0 < low <= high <= 1"
             )
+        if len(self.ratio) != 2 or not 0 < self.ratio[0] <= self.ratio[1] < math.inf:
+            raise ValueError(f"transform.ratio is {list(self.ratio)}; expected two of width to height, 0 < low <= high")
 
     def __call__(self, sample: RawSample, language: str, rng: np.random.Generator) -> tuple[Tensor, str]:
         # the text first: it costs nothing and may be bad already

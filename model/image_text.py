@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt
 from torch import Tensor, nn
 
 from data.batch import ImageTextBatch
-from model.qformer import ImageMemory, KeyValue, QFormer
+from model.qformer import Count, ImageMemory, KeyValue, QFormer
 
 
 class VisionEncoder(Protocol):
@@ -110,8 +111,8 @@ class ImageTextModel(nn.Module):
         vision: VisionEncoder,
         qformer: QFormer,
         *,
-        embed_dim: int = 256,
-        temperature: float = 0.07,
+        embed_dim: Count = 256,
+        temperature: Annotated[float, Gt(0)] = 0.07,
         temperature_min: float | None = 0.001,
         temperature_max: float | None = 0.5,
     ) -> None:

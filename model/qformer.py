@@ -15,15 +15,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from model import attention_mask
 
 KeyValue = tuple[Tensor, Tensor]  # key_PATD, value_PATD
 
+Count = Annotated[int, Ge(1)]  # a config is held to it before anything is loaded
 INITIAL_STD = 0.02  # BERT's, for every weight that no checkpoint brings
 
 
@@ -257,16 +260,16 @@ class QFormer(nn.Module):
     def __init__(
         self,
         *,
-        vocab_size: int,
-        image_width: int,
-        hidden_size: int = 768,
-        num_layers: int = 12,
-        num_heads: int = 12,
-        intermediate_size: int = 3072,
-        max_positions: int = 512,
-        num_query_tokens: int = 32,
-        cross_attention_frequency: int = 2,
-        dropout: float = 0.1,
+        vocab_size: Count,
+        image_width: Count,
+        hidden_size: Count = 768,
+        num_layers: Count = 12,
+        num_heads: Count = 12,
+        intermediate_size: Count = 3072,
+        max_positions: Count = 512,
+        num_query_tokens: Count = 32,
+        cross_attention_frequency: Count = 2,
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.1,
         layer_norm_eps: float = 1e-12,
         pad_id: int = 0,
         initial_std: float = INITIAL_STD,

@@ -91,6 +91,13 @@ def test_the_pixel_limit_holds_before_decompression(monkeypatch) -> None:
         TrainTransform(max_pixels=10**9)
 
 
+@pytest.mark.parametrize("name", ["scale", "ratio"])
+@pytest.mark.parametrize("value", [(0.5,), (0.0, 1.0), (0.9, 0.5), (0.5, float("nan")), (0.1, 0.2, 0.3)])
+def test_an_impossible_crop_is_refused_at_once(name: str, value: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match=f"transform.{name} is .*; expected two"):
+        TrainTransform(16, **{name: value})
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF"])
 def test_every_format_in_a_fresh_process(kind: str, tmp_path: Path) -> None:
     """Nothing has loaded Pillow's plugins there."""

@@ -116,6 +116,11 @@ def test_mistyped_key_in_a_file(tmp_path: Path, file: str, right: str, wrong: st
         ("train.loss.itg.weight=nan", r"itg\.weight=nan .*expected a finite number"),
         ("train.loss.itg.label_smoothing=1", r"itg\.label_smoothing=1 .*expected below 1"),
         ("train.loss.itc.weight=${data.source.scenes.num_scenes}x", "expected a number"),
+        ("model.qformer.num_query_tokens=0", r"num_query_tokens=0 .*expected at least 1"),
+        ("model.qformer.cross_attention_frequency=0", "expected at least 1"),
+        ("model.qformer.dropout=1.5", "expected below 1"),
+        ("model.image_text.temperature=0", "expected above 0"),
+        ("model.image_text.embed_dim=0", "expected at least 1"),
     ],
 )
 def test_impossible_value(override: str, message: str) -> None:
