@@ -46,6 +46,7 @@ from data.split import held_out_share, part_of
 LANGUAGES = ("zh", "en")
 PICTURES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 NUM_SHOWN = 3  # rows named per reason
+DETAIL_SHOWN = 300  # characters; a name can be as long as a line, and left_out.jsonl has all of it
 OWN_FILES = re.compile(r"\d{5}\.tar(\.part)?|\d{5}\.[0-9a-f]{8}\.index\.npz|left_out\.jsonl")
 
 
@@ -339,7 +340,7 @@ def _report(rows: JsonlRows | FolderRows, checked: Sequence[Checked], out: Path)
     for reason, number in Counter(row.reason for _, row in bad).most_common():
         print(f"  {number} {reason}")
         for at, row in [(at, row) for at, row in bad if row.reason == reason][:NUM_SHOWN]:
-            print(f"      row {at}: {row.detail}")
+            print(f"      row {at}: {row.detail[:DETAIL_SHOWN]}")
     lines = [json.dumps({"row": at, "reason": r.reason, "detail": r.detail}, ensure_ascii=False) for at, r in bad]
     (out / "left_out.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
     print(f"  all of them in {out / 'left_out.jsonl'}")
@@ -367,6 +368,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--overwrite", action="store_true", help="remove the shards that OUT_DIR holds first")
     args = parser.parse_args(argv)
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"{args.out} is a file; expected a folder for the shards")
     if not args.source.exists():
         parser.error(f"{args.source} does not exist; expected a JSONL file or a folder of pictures")
     for name in ("part", "group"):

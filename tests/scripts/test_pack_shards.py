@@ -215,6 +215,17 @@ def test_nothing_to_pack_is_an_error(tmp_path: Path, pack) -> None:
     assert "expected train/test like 80/20" in pack(file, tmp_path / "out", "--split", "75", fails=True)
 
 
+def test_a_file_in_the_folders_place_is_an_error(tmp_path: Path, pack) -> None:
+    file = pairs(tmp_path, 1)
+    assert "is a file; expected a folder" in pack(file, file, fails=True)
+
+
+def test_a_name_without_end_is_shown_in_part(tmp_path: Path, pack) -> None:
+    file = write_pairs(tmp_path, [{"image": "x" * 5000, "en": "x"}])
+    assert max(map(len, pack(file, tmp_path / "out", fails=True).splitlines())) < 400
+    assert "x" * 5000 in (tmp_path / "out/left_out.jsonl").read_text()
+
+
 def test_earlier_shards_are_not_overwritten_unless_told(tmp_path: Path, pack) -> None:
     file, out = pairs(tmp_path, 12), tmp_path / "out"
     pack(file, out, "--samples-per-shard", 4)
