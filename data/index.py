@@ -14,6 +14,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -163,6 +164,16 @@ def _read_meta(file: Path, stamp: list[int]) -> dict[str, Any] | None:
         return None
 
 
+@contextmanager
+def _opened(file: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """Raises ValueError for arrays that are damaged behind a sound head; a broken head has the index made anew."""
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            yield arrays
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file}: this index is damaged ({error}); remove it, and it is made anew") from error
+
+
 NewArray = Callable[[str, int, Any], np.ndarray]  # (name, size, dtype) -> where to write
 
 
@@ -180,7 +191,7 @@ def _join(shards: Sequence[Path], layout: Layout, metas: Sequence[Mapping[str, A
     filled = dict.fromkeys(languages, 0)
     for n, (shard, meta) in enumerate(zip(shards, metas, strict=True)):
         first[n] = at
-        with np.load(_index_file(shard, layout), allow_pickle=False) as arrays:
+        with _opened(_index_file(shard, layout)) as arrays:
             samples[at : at + meta["samples"]] = arrays["samples"]
             keys[key_at : key_at + meta["key_bytes"]] = arrays["keys"]
             key_end[at : at + meta["samples"]] = arrays["key_end"] + key_at

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-VERSION = 2  # of what a scan finds; counts up when old index files have to be made anew
+VERSION = 3  # of what a scan finds; counts up when old index files have to be made anew
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"})
 PARTS = {"image": IMAGE_EXTENSIONS, "text": frozenset({"txt"}), "json": frozenset({"json"})}
 PART_OF = {extension: part for part, extensions in PARTS.items() for extension in extensions}

@@ -265,6 +265,20 @@ def test_the_index_is_made_once_and_again_when_the_shard_changes(tmp_path: Path,
     assert ShardSource(str(shard), caption_fields={"en": "en"}, index_workers=1).languages == ("en",)
 
 
+def test_an_index_that_is_damaged_is_made_anew_or_named(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", bilingual_members(range(30)))
+    expected = ShardSource(str(tmp_path), caption_fields=BOTH).fingerprint()
+    (file,) = tmp_path.glob("*.npz")
+    whole = file.read_bytes()
+    for damaged in (b"", b"no archive", whole[: len(whole) // 2]):
+        file.write_bytes(damaged)
+        assert ShardSource(str(tmp_path), caption_fields=BOTH).fingerprint() == expected
+    middle = whole.index(b"samples.npy") + 200
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
+    with pytest.raises(ValueError, match=rf"{file.name}: this index is damaged .*samples.npy.*remove it"):
+        ShardSource(str(tmp_path), caption_fields=BOTH)
+
+
 def test_indexing_several_shards_at_a_time_gives_the_same(tmp_path: Path) -> None:
     for folder in ("one", "many"):
         for n in range(6):
