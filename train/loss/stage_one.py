@@ -55,11 +55,14 @@ def draw_hard_negative(sim_BN: Tensor, not_negative_BN: Tensor, uniform_B: Tenso
     """index ~ softmax(sim) + floor over the columns that are negatives: the more alike, the likelier.  -> (B,) int64
 
     By inverse CDF, so that one uniform number a row decides, whatever rank draws it.  ALBEF (arXiv:2107.07651) section
-    3.2; floor 0 is LAVIS since 2023-07, floor 1e-4 LAVIS as of the paper.  A row of no negatives draws column 0: the
-    caller must leave it out.
+    3.2; floor 0 is LAVIS since 2023-07, floor 1e-4 LAVIS as of the paper, whose softmax has the row's own pair in it:
+    the surer a model is of that, the more even its draw.  A row of no negatives draws column 0: the caller must leave
+    it out.
     """
-    weight_BN = sim_BN.detach().double().masked_fill(not_negative_BN, -torch.inf).softmax(dim=1)
-    weight_BN = (weight_BN + floor).masked_fill(not_negative_BN, 0.0)
+    sim_BN = sim_BN.detach().double()
+    if not floor:  # the same distribution without the own pair, whose weight would leave the others none
+        sim_BN = sim_BN.masked_fill(not_negative_BN, -torch.inf)
+    weight_BN = (sim_BN.softmax(dim=1) + floor).masked_fill(not_negative_BN, 0.0)
     cumulative_BN = weight_BN.cumsum(dim=1)
     total_B1 = cumulative_BN[:, -1:]
     below_B1 = total_B1.nextafter(torch.zeros_like(total_B1))  # rounding may have brought the product up to the total
