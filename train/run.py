@@ -129,6 +129,7 @@ def train(
         eval_every=config.train.eval_every if evaluators else 0,
         eval_first=config.train.eval_first,
         best=_best(config, evaluators, checkpoints.best_of(state)),
+        skips_before=int(state.get("data", {}).get("skips", 0)),
         flops_per_sample=flops_per_sample,
     )
     try:

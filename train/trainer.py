@@ -57,6 +57,7 @@ class Trainer:
         eval_every: int,
         eval_first: bool = False,
         best: BestMetric | None = None,
+        skips_before: int = 0,
         flops_per_sample: Callable[[Any], float] | None = None,
     ) -> None:
         self.engine, self.loader, self.ranks, self.tracker = engine, loader, ranks, tracker
@@ -67,7 +68,7 @@ class Trainer:
         self.eval_first, self.best = eval_first, best
         self.device, self.flops_per_sample = engine.device, flops_per_sample
         self._finite = torch.ones((), device=self.device, dtype=torch.bool)
-        self._skips = 0
+        self._skips = skips_before  # of the whole run, which a resume goes on counting
         self._counts: Mapping[str, int] = {}  # the loader's counters of the latest step on this rank
 
     def fit(self, first_step: int) -> int:
@@ -234,7 +235,8 @@ class Trainer:
     def _save(self, step: int) -> None:
         if not bool(self._finite):
             raise ValueError(f"a loss was not finite before step {step}: this checkpoint would be worthless, not saved")
-        state = {**self.checkpoint_state, "data": {"next_step": step, "fingerprint": self.loader.fingerprint()}}
+        data = {"next_step": step, "fingerprint": self.loader.fingerprint(), "skips": self._skips}
+        state: dict[str, Any] = {**self.checkpoint_state, "data": data}
         state["best"] = None if self.best is None else self.best.state
         folder = self.checkpoints.save(self.engine, step, state, self.config_yaml)
         self.tracker.event(step, "saved", checkpoint=folder.name)

@@ -17,7 +17,7 @@ from torch import nn
 
 from data.batch import Skip, StepBatches
 from tests.train.tiny_training import BATCH, TinyLoader, TinyModel, tiny_objectives
-from train.checkpoint import Checkpoints
+from train.checkpoint import Checkpoints, read_state
 from train.distributed import Ranks
 from train.stage import Stage
 from train.tracking import Tracker
@@ -218,3 +218,7 @@ def test_skips_are_counted_and_told(tmp_path: Path) -> None:
     (event,) = [e for e in lines(tmp_path, "event") if e["event"] == "skip"]
     expected = {"source": "photos", "shard": "a.tar", "key": "k", "reason": "truncated image"}
     assert event == {"kind": "event", "step": 2, "event": "skip", **expected}
+    state = read_state(tmp_path / "checkpoints/step_3")
+    resumed = trainer(tmp_path, Skipping(Ranks.alone()), steps=4, skips_before=state["data"]["skips"])
+    resumed.fit(3)
+    assert lines(tmp_path, "train")[-1]["skips"] == 1, "of the whole run"
