@@ -14,9 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from glob import glob
 from hashlib import blake2b
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 
 from braceexpand import braceexpand
 from tqdm import tqdm
@@ -140,7 +141,7 @@ def _fetch(address: str, target: Path) -> None:
                 raise FileNotFoundError(f"the server answered {error.code} {error.reason}") from error
             problem = f"the server answered {error.code} {error.reason}"
             continue
-        except (OSError, URLError) as error:
+        except (OSError, HTTPException) as error:  # URLError is an OSError; a chunked answer that ends early is none
             problem = str(error)
             continue
         if expected is None or part.stat().st_size == expected:

@@ -8,7 +8,7 @@ import os
 import tarfile
 import threading
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -403,6 +403,36 @@ def test_a_remote_shard_that_is_not_there(web, tmp_path: Path) -> None:
     _, address = web
     with pytest.raises(ValueError, match="no shard at.*00007.tar: the server answered 404"):
         ShardSource(address + "/00007.tar", language="zh", cache_dir=str(tmp_path / "cache"))
+
+
+def test_an_answer_in_chunks_that_ends_early_is_asked_for_again(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("data.shard_list.RETRY_PAUSE_S", 0)
+    tar = write_tar(tmp_path / "a.tar", bilingual_members(range(3))).read_bytes()
+    ends_early = [True, False, True, True, True]
+
+    class Chunks(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            early = ends_early.pop(0)
+            self.wfile.write(b"%x\r\n" % len(tar) + tar[: 1000 if early else None] + b"\r\n0\r\n\r\n")
+            self.close_connection = True
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Chunks) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address, options = (
+            f"http://127.0.0.1:{server.server_port}",
+            {"caption_fields": BOTH, "cache_dir": str(tmp_path)},
+        )
+        assert ShardSource(f"{address}/a.tar", **options).num_samples("zh") == 3
+        with pytest.raises(ValueError, match="b.tar: could not be fetched in 3 attempts .*IncompleteRead"):
+            ShardSource(f"{address}/b.tar", **options)
+        server.shutdown()
 
 
 def test_shards_in_any_file_system_that_fsspec_knows(tmp_path: Path) -> None:
