@@ -74,6 +74,12 @@ def test_hard_negatives_follow_the_softmax_of_the_similarities(floor: float) -> 
     torch.testing.assert_close(found, weight_N / weight_N.sum(), atol=2 / num_draws, rtol=0)
 
 
+def test_no_objective_at_all_is_refused() -> None:
+    with pytest.raises(ValueError, match="itc, itm and itg are all null"):
+        StageOneLoss()
+    StageOneLoss(itg=ImageGroundedTextGeneration())
+
+
 def test_the_ends_of_the_uniform_draw_real_negatives() -> None:
     sim = torch.tensor([[9.0, 0.0, 0.0, 9.0]])
     for uniform in (0.0, 1 - 2**-53, 1.0):

@@ -280,6 +280,10 @@ class StageOneLoss:
     itg: ImageGroundedTextGeneration | None = None
     mask_duplicates: bool = True
 
+    def __post_init__(self) -> None:
+        if self.itc is None and self.itm is None and self.itg is None:
+            raise ValueError("train.loss: itc, itm and itg are all null; a run learns by one of them at least")
+
     def __call__(
         self, model: ImageTextModel, batch: ImageTextBatch, ranks: Ranks
     ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
