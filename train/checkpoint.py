@@ -263,6 +263,11 @@ def _fault(folder: Path) -> str | None:
                     pass
             except SafetensorError as error:
                 return f"{name} is damaged ({error})"
+        elif file.suffix == ".json":
+            try:
+                json.loads(file.read_text(encoding="utf-8"))
+            except ValueError as error:
+                return f"{name} is damaged ({error})"
     return None
 
 

@@ -54,6 +54,9 @@ def damage(folder: Path, how: str) -> None:
     elif how == "overwritten":
         data = (folder / "weights.safetensors").read_bytes()
         (folder / "weights.safetensors").write_bytes(b"\xff" * 16 + data[16:])
+    elif how == "overwritten state":
+        data = (folder / "state.json").read_bytes()
+        (folder / "state.json").write_bytes(data[:5] + b"\xff" + data[6:])
     elif how == "lost file":
         (folder / "state.json").unlink()
     elif how == "cut marker":
@@ -66,6 +69,7 @@ def damage(folder: Path, how: str) -> None:
         ("no marker", "not written to the end"),
         ("cut file", "bytes instead of"),
         ("overwritten", "weights.safetensors is damaged"),
+        ("overwritten state", "state.json is damaged"),
         ("lost file", "state.json is missing"),
         ("cut marker", "marker file is damaged"),
     ],
