@@ -90,6 +90,10 @@ class ChatRequest(Strict):
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
     response_format: TextFormat | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
     # labels
     user: str | None = None
     metadata: dict[str, str] | None = None

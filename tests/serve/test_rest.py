@@ -201,7 +201,9 @@ def test_what_is_not_said_is_as_in_every_front_end(client: openai.OpenAI, server
         ({"messages": [{"role": "assistant", "content": "a"}]}, openai.BadRequestError, "nothing was asked before it"),
         ({"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}]},
          openai.BadRequestError, "the last message has to be the user's"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools is not known"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, openai.BadRequestError, "tools: List should have"),
+        ({"tool_choice": "required"}, openai.BadRequestError, "tool_choice: Input should be 'none' or 'auto'"),
+        ({"logit_bias": {"5": 3}}, openai.BadRequestError, "logit_bias: Dictionary should have at most 0 items"),
         ({"frequency_penalty": 0.5}, openai.BadRequestError, "frequency_penalty: Input should be 0"),
     ],
 )  # fmt: skip
@@ -215,7 +217,7 @@ def test_labels_and_neutral_values_are_taken(client: openai.OpenAI) -> None:
     found = client.chat.completions.create(
         model=NAME, messages=[{"role": "user", "content": "Q"}], max_completion_tokens=2, user="u", n=1, stop=[""],
         metadata={"a": "b"}, frequency_penalty=0.0, presence_penalty=0, logprobs=False,
-        response_format={"type": "text"},
+        response_format={"type": "text"}, tools=[], tool_choice="auto", parallel_tool_calls=True, logit_bias={},
     )  # fmt: skip
     assert found.usage is not None and found.usage.completion_tokens <= 2
 
