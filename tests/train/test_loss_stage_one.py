@@ -62,9 +62,8 @@ def test_a_barred_column_is_as_if_it_were_not_there() -> None:
 def test_hard_negatives_follow_the_softmax_of_the_similarities(floor: float) -> None:
     num_draws, sim_N = 200_000, similarity(1, 7)[0]
     not_negative_N = torch.tensor([False, True, False, False, True, False, False])
-    sim_N[1] += (
-        6  # its own pair, as a trained model sees it: what the softmax leaves for the others is no more than a floor
-    )
+    # its own pair, as a trained model sees it: what the softmax leaves for the others is no more than a floor
+    sim_N[1] += 6
     # LAVIS as of the paper: softmax over all, its own pair too, + 1e-4, and then its own becomes 0
     weight_N = (sim_N.softmax(0) + floor).masked_fill(not_negative_N, 0)
     # evenly spaced numbers instead of random ones: each column's share is exact to one draw
