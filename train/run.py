@@ -61,6 +61,7 @@ def start(config: DictConfig) -> Run:
     device = own_device(config.run.device)
     if device.type == "cpu":  # DeepSpeed chooses when it is first imported, which SwissArmyTransformer may do before us
         os.environ["DS_ACCELERATOR"] = "cpu"
+    resolve_precision(config.train.precision, device)  # an impossible wish ends here, before any weights are read
     ranks = Ranks.connect(device)
     if not ranks.is_first:  # what data warns of, all ranks see alike
         logging.getLogger("data").setLevel(logging.ERROR)

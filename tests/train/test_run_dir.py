@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from train.config import compose
+from train.run import start
 from train.run_dir import open_run_dir
 
 HOLD = "import sys, time; from pathlib import Path; from train.run_dir import open_run_dir\n" + (
@@ -49,3 +51,10 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(tmp_path: Path, name: str
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=r"run.dir=.* cannot be written \(.*\): name another directory"):
         open_run_dir(tmp_path / name, "")
+
+
+def test_a_precision_that_this_machine_lacks_ends_a_run_before_it_begins(tmp_path: Path) -> None:
+    wish = ["run.device=cpu", "train.precision=fp16", f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(ValueError, match="fp16 needs a GPU"):
+        start(compose("pretrain", ["experiment=smoke", *wish]))
+    assert not (tmp_path / "run").exists()
