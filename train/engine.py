@@ -132,9 +132,8 @@ class Engine:
             [{"params": list(g.parameters), "lr": 0.0, "weight_decay": g.weight_decay, "name": g.name} for g in groups],
             betas=betas,
             eps=eps,
-            fused=device.type == "cuda" or offload,
+            fused=True,
         )
-        self._fused = device.type == "cuda" or offload
         self._engine, *_ = library.initialize(model=stage, optimizer=optimizer, config=config)
         self._library, self._utils = library, library.utils
         self._start_partitioned_state(step=0.0)
@@ -265,9 +264,8 @@ class Engine:
         return list(self._engine.optimizer.single_partition_of_fp32_groups)
 
     def _empty_state(self, like: Tensor, step: float) -> dict[str, Tensor]:
-        step_device = like.device if self._fused else torch.device("cpu")
         return {
-            "step": torch.tensor(step, dtype=torch.float32, device=step_device),
+            "step": torch.tensor(step, dtype=torch.float32, device=like.device),  # where the fused AdamW keeps it
             **{key: torch.zeros_like(like, dtype=torch.float32) for key in OPTIMIZER_KEYS},
         }
 
