@@ -117,16 +117,16 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB: transparency on white, 16-bit grey to its upper byte, CMYK and palettes converted.
+    """Any mode -> RGB: transparency on white, 16-bit grey scaled to 8, CMYK and palettes converted.
 
-    16-bit grey whose brightest pixel is one of 12, 10 or 8 bits is taken to have so many: X-rays are stored so, and by
-    their upper byte they would be black.
+    16-bit grey whose brightest pixel is one of 12, 10 or 8 bits is taken to have so many: X-rays are stored so, and
+    scaled as 16 bits they would be black.
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         grey = np.asarray(image)
-        # "F" holds 0..1 or 0..255 by custom; of whole numbers the upper byte is kept (Pillow would clip them)
+        # "F" holds 0..1 or 0..255 by custom; whole numbers are scaled (Pillow would clip them)
         brightest = grey.max(initial=0)
         if grey.dtype.kind in "iu":
             bits = next((bits for bits in (8, 10, 12) if brightest < 2**bits), 16)
