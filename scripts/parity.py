@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import socket
 import sys
@@ -31,7 +32,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from data.batch import IGNORED, DialogueBatch, ImageTextBatch
@@ -40,6 +40,7 @@ from model.qformer import QFormer
 from model.vision.encoder import eva_vit
 from model.visual_chat import VisualChatModel
 from model.weights import lavis, sat
+from model.weights.checkpoint import Config, open_file, read_json
 from train.distributed import Ranks
 from train.loss.stage_one import (
     ImageGroundedTextGeneration,
@@ -66,7 +67,13 @@ def stage_one(folder: Path) -> dict[str, Any]:
         port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     results: Any = context.SimpleQueue()
-    torch.multiprocessing.spawn(stage_one_process, (folder, config, port, results), nprocs=world_size)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # says which of the others it ended
+    try:
+        torch.multiprocessing.spawn(stage_one_process, (folder, config, port, results), nprocs=world_size)
+    except torch.multiprocessing.ProcessRaisedException as failure:
+        if results.empty():
+            raise
+        raise results.get()[1] from failure
     found = dict(results.get() for _ in range(world_size))
     return {"ranks": [found[rank] for rank in range(world_size)]}
 
@@ -75,14 +82,18 @@ def stage_one_process(rank: int, folder: Path, config: dict[str, Any], port: int
     world = {"RANK": rank, "WORLD_SIZE": config["world_size"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in world.items()})
     torch.set_num_threads(1)
-    results.put((rank, stage_one_rank(folder, config, Ranks.connect(torch.device("cpu")))))
+    try:
+        results.put((rank, stage_one_rank(folder, config, Ranks.connect(torch.device("cpu")))))
+    except ValueError as error:  # its sentence; torch hands on nothing but a traceback's text
+        results.put((rank, error))
+        raise
 
 
 def stage_one_rank(folder: Path, config: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """What this rank computes, beside what the reference computed for it."""
-    reference = load_file(folder / f"rank{ranks.rank}.safetensors")
+    reference = read_tensors(folder / f"rank{ranks.rank}.safetensors")
     model = reference_model(config)
-    lavis.load_tensors(model, load_file(folder / "weights.safetensors"))
+    lavis.load(model, folder / "weights.safetensors")
     batch = reference_batch(config, reference, ranks)
     smoothing = config["label_smoothing"]
     negatives = reference["negative_image_index"], reference["negative_text_index"]
@@ -181,7 +192,7 @@ def visualglm(folder: Path) -> dict[str, Any]:
     path = folder / "io.safetensors"
     if not path.is_file():
         raise ValueError(f"{folder} holds no io.safetensors: expected a folder as shared/parity/README.md describes")
-    reference = load_file(path)
+    reference = read_tensors(path)
     model = visualglm_model(config)
     sat.load(model, folder, qkv_order="blocks")
     batch = visualglm_batch(reference, config["pad_token_id"])
@@ -238,8 +249,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json: expected a folder as shared/parity/README.md describes")
-    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return config
+    return read_json(path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All of a file.  ValueError where it cannot be read, and later for a name that is asked for and not in it."""
+    file = open_file(path)
+    return Config({name: file.read(name) for name in file.shapes}, str(path))
 
 
 def main() -> None:
@@ -250,8 +266,8 @@ def main() -> None:
     try:
         compare_with = {"stage-one": stage_one, "visualglm": visualglm}[args.what]
         print(json.dumps(compare_with(args.folder)))
-    except ValueError as error:
-        raise SystemExit(f"parity: {error}") from error
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"parity: {error}.  Where a file is damaged or missing, copy {args.folder} again") from error
 
 
 if __name__ == "__main__":

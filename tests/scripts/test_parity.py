@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from scripts import parity
+
 TENSORS = ("image_embeds", "query_output", "sim_i2t", "sim_t2i", "itm_logits")
 
 
@@ -79,3 +81,54 @@ def test_visualglm_shows_a_changed_weight(shared_dir: Path, repo_root: Path, tmp
     torch.save(weights, tmp_path / "1" / "mp_rank_00_model_states.pt")
     found = json.loads(run_visualglm(tmp_path, repo_root).stdout)
     assert found["projected"] < 1e-4 < found["logits"]
+
+
+def copied(folder: Path, target: Path) -> Path:
+    """Links, so that a test may put files of its own in their place."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).symlink_to(file)
+    return target
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "file", "change", "told"),
+    [
+        ("stage-one", "stage_one_1rank", "weights.safetensors", "cut", "perhaps cut short"),
+        ("stage-one", "stage_one_2ranks", "rank1.safetensors", "cut", "perhaps cut short"),
+        ("stage-one", "stage_one_1rank", "weights.safetensors", "other", "of its tensors are missing"),
+        ("stage-one", "stage_one_1rank", "rank0.safetensors", "other", "has no input_ids"),
+        ("stage-one", "stage_one_1rank", "weights.safetensors", "gone", "there is no checkpoint at"),
+        ("stage-one", "stage_one_1rank", "config.json", "cut", "no readable JSON"),
+        ("visualglm", "visualglm_sat", "io.safetensors", "cut", "perhaps cut short"),
+    ],
+)
+def test_a_damaged_reference_is_one_line(
+    what: str,
+    name: str,
+    file: str,
+    change: str,
+    told: str,
+    shared_dir: Path,
+    repo_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = copied(shared_dir / "parity" / name, tmp_path / name)
+    content = (folder / file).read_bytes()
+    (folder / file).unlink()
+    if change == "cut":
+        (folder / file).write_bytes(content[: len(content) // 2])
+    elif change == "other":
+        save_file({"expected.loss": torch.ones(()), "query_tokens": torch.ones(1)}, folder / file)
+    if name == "stage_one_2ranks":  # all that a user sees, also of what the processes of the ranks raise
+        done = run_parity(folder, repo_root)
+        assert done.returncode == 1 and not done.stdout
+        (line,) = done.stderr.splitlines()
+    else:
+        monkeypatch.setattr(sys, "argv", ["parity", what, str(folder)])
+        with pytest.raises(SystemExit) as exit:
+            parity.main()
+        line = str(exit.value)
+    assert line.startswith("parity: ") and str(folder / file) in line and told in line
+    assert line.endswith(f"copy {folder} again") and "\n" not in line
