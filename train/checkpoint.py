@@ -5,7 +5,8 @@ checkpoints/step_<n>/weights.safetensors      trainable weights by parameter nam
                      random.safetensors       random states of every rank
                      state.json               step, data fingerprint, frozen weights' names and hash, versions
                      config.yaml              the resolved config
-                     complete                 written last: file sizes, so that a cut file is noticed too
+                     complete                 written last: sizes and hashes, so that a cut file and a flipped bit
+                                              are noticed too (model/weights/manifest.py)
 checkpoints/latest -> step_<n>
 checkpoints/best -> step_<n>, by train.best_metric, kept however old it is
 """
@@ -27,11 +28,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model.weights import manifest
+from model.weights.manifest import MARKER as MARKER
 from model.weights.ours import frozen_fingerprint as frozen_fingerprint
 from train.distributed import Ranks
 from train.engine import Engine
 
-MARKER = "complete"
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "numpy", "safetensors")
 
 
@@ -47,7 +49,7 @@ class Checkpoints:
         damaged: list[str] = []
         if self.ranks.is_first:
             for folder in sorted(self.folder.glob("step_*"), key=_step_of, reverse=True):
-                fault = _fault(folder)
+                fault = manifest.fault(folder)
                 if fault is None:
                     found = folder
                     break
@@ -103,10 +105,9 @@ class Checkpoints:
             save_file(of_file, writing / f"{name}.safetensors")
         (writing / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         (writing / "config.yaml").write_text(config_yaml, encoding="utf-8")
-        sizes = {file.name: file.stat().st_size for file in sorted(writing.iterdir())}
-        for name in sizes:
-            _sync(writing / name)
-        (writing / MARKER).write_text(json.dumps(sizes), encoding="utf-8")
+        with manifest.described(writing):
+            for file in writing.iterdir():
+                _sync(file)
         _sync(writing / MARKER)
         _sync(writing)
         shutil.rmtree(folder, ignore_errors=True)
@@ -120,7 +121,8 @@ class Checkpoints:
         """What a checkpoint says of the best so far, where that one is whole; `best` leads to it again."""
         best = state.get("best")
         folder = self.folder / f"step_{best['step']}" if best else None
-        is_whole = self.ranks.broadcast_object(folder is not None and self.ranks.is_first and _fault(folder) is None)
+        found = folder is not None and self.ranks.is_first and manifest.fault(folder) is None
+        is_whole = self.ranks.broadcast_object(found)
         if not is_whole or folder is None:
             return None
         if self.ranks.is_first:
@@ -145,7 +147,8 @@ class Checkpoints:
     def _rotate(self, newest: Path) -> None:
         """Deletes all but the newest `keep` complete checkpoints, and never the one just written nor the best."""
         best = (self.folder / "best").resolve().name
-        complete = [f for f in sorted(self.folder.glob("step_*"), key=_step_of, reverse=True) if _fault(f) is None]
+        newest_first = sorted(self.folder.glob("step_*"), key=_step_of, reverse=True)
+        complete = [f for f in newest_first if manifest.fault(f, contents=False) is None]
         if self.keep:
             for folder in complete[self.keep :]:
                 if folder != newest and folder.name != best:
@@ -240,35 +243,6 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
             flat.update(_flat(inner, f"{prefix}.{key}" if prefix else str(key)))
         return flat
     return {prefix: value}
-
-
-def _fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, None when it can."""
-    marker = folder / MARKER
-    if not marker.is_file():
-        return "it was not written to the end"
-    try:
-        sizes = json.loads(marker.read_text(encoding="utf-8"))
-    except ValueError:
-        return "its marker file is damaged"
-    for name, size in sizes.items():
-        file = folder / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} bytes instead of {size}"
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, "pt"):
-                    pass
-            except SafetensorError as error:
-                return f"{name} is damaged ({error})"
-        elif file.suffix == ".json":
-            try:
-                json.loads(file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                return f"{name} is damaged ({error})"
-    return None
 
 
 def _step_of(folder: Path) -> int:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from model.weights import manifest
 from model.weights.checkpoint import Checkpoint, open_file
 from model.weights.filling import LoadReport, Part, fill
+from model.weights.manifest import fingerprint_of_file
 from model.weights.names import ENCODER, QUERIES
 
 _FILE = "weights.safetensors"
@@ -32,9 +34,11 @@ def load(model: nn.Module, path: Path, *, only: str | None = None) -> LoadReport
         only: "vision" takes the image encoder alone, which stage one trained along and stage two kept frozen, so that
             a checkpoint of stage two has none.
     Raises:
-        ValueError: no checkpoint there, one without a Q-Former (or encoder), or shapes that do not fit.
+        ValueError: no checkpoint there, a damaged one, one without a Q-Former (or encoder), or shapes that do not fit.
     """
-    checkpoint = open_file(find(path)).without_prefix("model.")
+    file = find(path)
+    manifest.check(file)
+    checkpoint = open_file(file).without_prefix("model.")
     own = [name for name, _ in model.named_parameters()]
     if only == "vision":
         encoder = [Part(name, (name,), ENCODER) for name in own if name.startswith("vision.")]
@@ -51,8 +55,9 @@ def load_trained(model: nn.Module, checkpoint: Checkpoint) -> LoadReport:
     """Everything that a run trained, adapters included, into a model built as the run's was.
 
     Raises:
-        ValueError: a tensor that this model does not have, or of another shape.
+        ValueError: a tensor that this model does not have, or of another shape; a damaged file.
     """
+    manifest.check(Path(checkpoint.path))
     own = {name for name, _ in model.named_parameters()}
     strangers = sorted(set(checkpoint.shapes) - own)
     if strangers:
@@ -97,14 +102,8 @@ def check_frozen(model: nn.Module, checkpoint: Path) -> None:
         )
 
 
-def fingerprint_of_file(path: Path) -> str:
-    """Changes when anything in the file does."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def fingerprint_of_folder(path: Path) -> str:
-    """The same for a file, or for all files of weights in a folder, whoever wrote them."""
+    """Changes when anything does in a file, or for all files of weights in a folder, whoever wrote them."""
     files = (
         [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in _WEIGHT_FILES and f.is_file())
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,9 @@ import pytest
 import torch
 from torch import nn
 
+from model.weights import manifest, ours
+from model.weights.checkpoint import open_file
+from model.weights.manifest import fingerprint_of_file
 from train.checkpoint import (
     Checkpoints,
     check_same,
@@ -45,6 +50,14 @@ def save(run_dir: Path, steps: list[int], keep: int = 0) -> Checkpoints:
     return checkpoints
 
 
+def flip_a_bit(file: Path) -> None:
+    """Of a number, so that the file stays one that can be read: the last digit in JSON, the last number of a tensor."""
+    data = bytearray(file.read_bytes())
+    is_text = file.suffix != ".safetensors"
+    data[max(i for i, byte in enumerate(data) if not is_text or chr(byte) in "0123456789{")] ^= 1
+    file.write_bytes(data)
+
+
 def damage(folder: Path, how: str) -> None:
     if how == "no marker":
         (folder / "complete").unlink()
@@ -57,6 +70,8 @@ def damage(folder: Path, how: str) -> None:
     elif how == "overwritten state":
         data = (folder / "state.json").read_bytes()
         (folder / "state.json").write_bytes(data[:5] + b"\xff" + data[6:])
+    elif how.startswith("flipped "):
+        flip_a_bit(folder / how.removeprefix("flipped "))
     elif how == "lost file":
         (folder / "state.json").unlink()
     elif how == "cut marker":
@@ -72,6 +87,12 @@ def damage(folder: Path, how: str) -> None:
         ("overwritten state", "state.json is damaged"),
         ("lost file", "state.json is missing"),
         ("cut marker", "marker file is damaged"),
+        ("flipped weights.safetensors", "weights.safetensors is damaged .*SHA-256"),
+        ("flipped optimizer.safetensors", "optimizer.safetensors is damaged .*SHA-256"),
+        ("flipped random.safetensors", "random.safetensors is damaged .*SHA-256"),
+        ("flipped state.json", "state.json is damaged .*SHA-256"),
+        ("flipped config.yaml", "config.yaml is damaged .*SHA-256"),
+        ("flipped complete", "is damaged"),
     ],
 )
 def test_damaged_checkpoint_is_ignored_and_reported(tmp_path: Path, how: str, message: str) -> None:
@@ -79,7 +100,51 @@ def test_damaged_checkpoint_is_ignored_and_reported(tmp_path: Path, how: str, me
     damage(tmp_path / "checkpoints/step_100", how)
     newest, damaged = checkpoints.newest()
     assert newest == tmp_path / "checkpoints/step_10"
-    assert len(damaged) == 1 and "step_100" in damaged[0] and message in damaged[0]
+    assert len(damaged) == 1 and "step_100" in damaged[0] and re.search(message, damaged[0])
+
+
+def test_a_checkpoint_of_before_has_sizes_alone(tmp_path: Path) -> None:
+    checkpoints = save(tmp_path, [9, 10])
+    marker = tmp_path / "checkpoints/step_10/complete"
+    told = json.loads(marker.read_text())
+    marker.write_text(json.dumps({name: about["bytes"] for name, about in told.items()}))
+    assert checkpoints.newest() == (tmp_path / "checkpoints/step_10", [])
+    damage(tmp_path / "checkpoints/step_10", "cut file")
+    assert checkpoints.newest()[0] == tmp_path / "checkpoints/step_9"
+
+
+@pytest.mark.parametrize("marker", ["[]", "{}", '{"state.json": {"bytes": 3}}', '{"state.json": "3"}'])
+def test_a_marker_that_says_nothing_of_its_files_is_damaged(tmp_path: Path, marker: str) -> None:
+    checkpoints = save(tmp_path, [9, 10])
+    (tmp_path / "checkpoints/step_10/complete").write_text(marker)
+    newest, (told,) = checkpoints.newest()
+    assert newest == tmp_path / "checkpoints/step_9" and "its marker file is damaged" in told
+
+
+def test_contents_are_read_once_a_start_and_never_by_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = save(tmp_path, [9, 10])
+    read: list[Path] = []
+    monkeypatch.setattr(manifest, "fingerprint_of_file", lambda file: read.append(file) or fingerprint_of_file(file))
+    checkpoints.newest()
+    assert len(read) == 5
+    Checkpoints(tmp_path, Ranks.alone(), keep=0).newest()
+    assert len(read) == 5
+    save(tmp_path, [11], keep=2)
+    assert len(read) == 10 and {file.parent.name for file in read[5:]} == {".step_11.writing"}
+
+
+def test_a_file_that_the_disk_does_not_give_is_damage_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = save(tmp_path, [9, 10])
+
+    def fails(file: Path) -> str:
+        if file.parent.name == "step_10" and file.name == "optimizer.safetensors":
+            raise OSError(5, "Input/output error")
+        return fingerprint_of_file(file)
+
+    monkeypatch.setattr(manifest, "fingerprint_of_file", fails)
+    newest, (told,) = checkpoints.newest()
+    assert newest == tmp_path / "checkpoints/step_9"
+    assert "step_10 is ignored: optimizer.safetensors cannot be read (Input/output error)" in told
 
 
 def test_nothing_there(tmp_path: Path) -> None:
@@ -122,9 +187,11 @@ def test_rotation_keeps_the_newest(tmp_path: Path, keep: int, expected: list[int
     assert sorted(int(p.name[5:]) for p in (tmp_path / "checkpoints").glob("step_*")) == expected
 
 
-def test_rotation_does_not_count_damaged_ones(tmp_path: Path) -> None:
-    save(tmp_path, [1, 2])
-    damage(tmp_path / "checkpoints/step_2", "no marker")
+@pytest.mark.parametrize("how", ["no marker", "flipped weights.safetensors"])
+def test_rotation_does_not_count_damaged_ones(tmp_path: Path, how: str) -> None:
+    checkpoints = save(tmp_path, [1, 2])
+    damage(tmp_path / "checkpoints/step_2", how)
+    assert checkpoints.newest()[0] == tmp_path / "checkpoints/step_1"
     save(tmp_path, [3], keep=2)
     assert {p.name for p in (tmp_path / "checkpoints").glob("step_*")} == {"step_1", "step_2", "step_3"}
 
@@ -134,10 +201,13 @@ def test_state_tells_step_position_and_versions(tmp_path: Path) -> None:
     state = read_state(tmp_path / "checkpoints/latest")
     assert state["step"] == 4 and state["data"] == {"next_step": 4}
     assert state["versions"]["torch"] == torch.__version__.partition("+")[0] or state["versions"]["torch"]
-    sizes = json.loads((tmp_path / "checkpoints/latest/complete").read_text())
-    assert sizes.keys() == {
+    told = json.loads((tmp_path / "checkpoints/latest/complete").read_text())
+    assert told.keys() == {
         "weights.safetensors", "optimizer.safetensors", "random.safetensors", "state.json", "config.yaml"
     }  # fmt: skip
+    for name, about in told.items():
+        content = (tmp_path / "checkpoints/latest" / name).read_bytes()
+        assert about == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 class OneLayer(nn.Module):
@@ -156,6 +226,28 @@ def test_load_weights(tmp_path: Path) -> None:
         load_weights(OneLayer(3, 4), folder)
     with pytest.raises(ValueError, match=r"1 trainable parameters are not in it \(\['0\.a\.weight'\]\)"):
         load_weights(nn.Sequential(OneLayer(3, 2)), folder)
+
+
+@pytest.mark.parametrize("how", ["ours.load_trained", "ours.load"])
+def test_who_only_reads_the_weights_sees_damage_too(tmp_path: Path, how: str) -> None:
+    """Chat, evaluation, and a stage two that starts from stage one."""
+    save(tmp_path, [7])
+    folder = tmp_path / "checkpoints/step_7"
+    model = OneLayer(3, 2)
+
+    def read() -> None:
+        if how == "ours.load":
+            ours.load(model, tmp_path)
+        else:
+            ours.load_trained(model, open_file(ours.find(tmp_path)))
+
+    (folder / "optimizer.safetensors").unlink()  # which they do without
+    if how == "ours.load_trained":
+        read()
+        assert torch.equal(model.a.weight, torch.full((2, 3), 7.0))
+    flip_a_bit(folder / "weights.safetensors")
+    with pytest.raises(ValueError, match=r"step_7: weights\.safetensors is damaged .*name another checkpoint"):
+        read()
 
 
 def test_fingerprints_name_what_changed() -> None:
