@@ -12,7 +12,8 @@ of the GPU's peak, peak memory from the first allocation on (QLoRA's: also while
 backward, clipping and optimizer; no data loading.  Each variant is a process of its own, or the peaks would add up.
 
     visualglm      VisualGLM's recipe: batch 4, every sample padded to 320, LoRA of rank 10 on two blocks, recomputed
-    ours           ours at the same batch: padded to the longest of the batch, grouped by length, LoRA on every map
+    ours           ours at the same batch: padded to the longest of the batch (and to a multiple of 32), grouped by
+                   length, LoRA on every map; small batches as CUDA graphs, which train.cuda_graphs=0 leaves out
     large          batch 64 of 112 tokens each, which VisualGLM's own code was measured at
     qlora          VisualGLM's QLoRA recipe: batch 1, four times accumulated, padded to 320; our adapter
     ..._theirs     with VisualGLM's adapter   ..._keep   activations kept   ..._recompute   recomputed
@@ -45,7 +46,7 @@ from model.weights.filling import Home, Part, fill, send_home
 from train.config import build, compose
 from train.distributed import Ranks
 from train.engine import Engine, resolve_precision, store_frozen
-from train.run import Run, make_engine
+from train.run import Run, make_engine, own_device
 from train.stage import Stage
 from train.tracking import peak_tflops
 
@@ -167,6 +168,7 @@ def batches(variant: Variant, config: DictConfig, *, steps: int) -> list[list[Di
                 languages=("zh",),
                 micro_step=number,
                 num_micro_steps=variant.accumulate,
+                pad_to_multiple_of=config.data.loader.pad_to_multiple_of,
             )
             micro.append(batch if variant.padded is None else padded(batch, variant.padded, special["pad"]))
         tokens = sum(batch.num_target_tokens for batch in micro)
@@ -357,11 +359,9 @@ def main() -> None:
     args, args.overrides = parser.parse_known_args()
     if len(args.variants) > 1 and not args.one_process:
         return apart(args)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = own_device("auto")
     if device.type == "cpu" and not args.tiny:
         raise SystemExit("this benchmark needs a GPU, or --tiny; torch.cuda.is_available() is False")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     if not args.no_title:
         print(
             torch.cuda.get_device_name() if device.type == "cuda" else "CPU", f"torch {torch.__version__}", flush=True

@@ -264,6 +264,7 @@ class DialogueBatch:
         step: int = 0,
         micro_step: int = 0,
         num_micro_steps: int = 1,
+        pad_to_multiple_of: int = 1,
     ) -> Self:
         """`images[b]` holds the pictures of dialogue b, (C, H, W) each; `image_size` is asked for where there are none.
 
@@ -275,7 +276,8 @@ class DialogueBatch:
                 raise ValueError(f"row {row} has {len(own)} pictures, its text {len(dialogue.image_starts)} places")
         pictures = [picture for own in images for picture in own]
         length_B = torch.tensor([len(dialogue.ids) for dialogue in dialogues])
-        mask_BL = torch.arange(int(length_B.max())) < length_B[:, None]
+        length = -(-int(length_B.max()) // pad_to_multiple_of) * pad_to_multiple_of
+        mask_BL = torch.arange(length) < length_B[:, None]
 
         def padded(values: Sequence[tuple[int, ...]], fill: int) -> Tensor:
             out_BL = torch.full(mask_BL.shape, fill, dtype=torch.int64)

@@ -106,6 +106,7 @@ def collate_dialogues(
     step: int,
     micro_step: int,
     num_micro_steps: int,
+    pad_to_multiple_of: int = 1,
 ) -> tuple[DialogueBatch, Counter[str]]:
     """Also counts dialogues, tokens, and what was cut per language, and the padding."""
     counts: Counter[str] = Counter()
@@ -126,6 +127,7 @@ def collate_dialogues(
         step=step,
         micro_step=micro_step,
         num_micro_steps=num_micro_steps,
+        pad_to_multiple_of=pad_to_multiple_of,
     )
     counts["padding"] = batch.ids_BL.numel() - int(batch.mask_BL.sum())
     return batch, counts

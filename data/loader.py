@@ -109,6 +109,7 @@ class DialogueRecipe:
     rank: int
     num_ranks: int
     draw_answer: bool
+    pad_to_multiple_of: int
 
     def places(self, micro_step: int) -> np.ndarray:
         """Of this rank's rows in the global batch."""
@@ -153,6 +154,7 @@ class DialogueRecipe:
             step=step,
             micro_step=micro_step,
             num_micro_steps=self.accumulate,
+            pad_to_multiple_of=self.pad_to_multiple_of,
         )
 
 
@@ -170,6 +172,8 @@ class DialogueLoader(StepLoader):
             is left out; False trains the last.
         group_steps: over how many steps rows are sorted by length, and the mixture holds; 1 keeps the plan's rows in
             each step.
+        pad_to_multiple_of: a micro-batch is padded to its longest row, rounded up to this: few lengths, so that CUDA
+            graphs recorded for one (`train/replay.py`) serve many.
         others: see `StepLoader`.
 
     Raises:
@@ -183,6 +187,7 @@ class DialogueLoader(StepLoader):
     max_answer_tokens: int | None = None
     draw_answer: bool = True
     group_steps: int = 8
+    pad_to_multiple_of: int = 1
 
     def __post_init__(self) -> None:
         for name, value in (("max_tokens", self.max_tokens), ("max_answer_tokens", self.max_answer_tokens)):
@@ -190,6 +195,10 @@ class DialogueLoader(StepLoader):
                 raise ValueError(f"data.loader.{name} is {value}; expected tokens, 1 or more")
         if self.group_steps < 1:
             raise ValueError(f"data.loader.group_steps is {self.group_steps}; expected steps, 1 or more")
+        if self.pad_to_multiple_of < 1:
+            raise ValueError(
+                f"data.loader.pad_to_multiple_of is {self.pad_to_multiple_of}; expected tokens, 1 for no rounding"
+            )
         super().__post_init__()
         self.limits = Limits(self.max_tokens, self.max_answer_tokens)
         self.lengths: list[StreamLengths] = read_lengths(
@@ -211,6 +220,7 @@ class DialogueLoader(StepLoader):
             self.rank,
             self.num_ranks,
             self.draw_answer,
+            self.pad_to_multiple_of,
         )
 
     def table(self) -> str:

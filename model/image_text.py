@@ -16,6 +16,7 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from data.batch import ImageTextBatch
+from model.passes import Pass
 from model.qformer import Count, ImageMemory, KeyValue, QFormer
 
 
@@ -124,6 +125,10 @@ class ImageTextModel(nn.Module):
         self.text_proj = nn.Linear(qformer.hidden_size, embed_dim)
         self.itm_head = nn.Linear(qformer.hidden_size, 2)
         self.temperature = Temperature(temperature, temperature_min, temperature_max)
+
+    def replayable(self) -> list[Pass]:
+        """See `model.passes`."""
+        return [Pass(self.vision, "forward", (self.vision,))] if self.vision.frozen else []
 
     # ---------------------------------------------------------------------------------- what the losses are made of
 

@@ -21,6 +21,7 @@ from model import flops
 from model.generation import Decoding, Generation, generate
 from model.image_text import VisionEncoder, check_widths
 from model.llm.base import LanguageModel
+from model.passes import Pass
 from model.qformer import QFormer
 
 
@@ -102,6 +103,14 @@ class VisualChatModel(nn.Module):
         target_T = (label_S == IGNORED).to(torch.uint8).argsort(stable=True)[: batch.num_target_tokens]
         logits_TV = self.llm.logits(hidden_BLD[:, :-1].flatten(0, 1)[target_T])
         return Prediction(logits_TV, label_S[target_T], target_T // (batch.text_length - 1))
+
+    def replayable(self) -> list[Pass]:
+        """See `model.passes`."""
+        found = [Pass(self, "look", (self.vision, self.ln_vision, self.qformer))]
+        # blocks that drew random numbers are recomputed with them, and only the host can remember those
+        if not (self.llm.checkpoint_activations and self.llm.draws):
+            found.append(Pass(self.llm, "hidden", (self.llm,)))
+        return found
 
     def train_flops_per_sample(self, batch: DialogueBatch) -> float:
         """Of the arithmetic that training on such a batch does, recomputed blocks included (`model/flops.py`)."""

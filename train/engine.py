@@ -56,7 +56,7 @@ class Divider:
 
     def __init__(self, device: torch.device, *, offload: bool, deepspeed: Mapping[str, Any]) -> None:
         self._library = _import_deepspeed(device)
-        _ensure_process_group(device)
+        _ensure_process_group(device, zero_stage=3)
         self._config = _deepspeed_config(3, offload, "fp32", 1, 1, 0.0, user=deepspeed)
         self._first: Any = None
 
@@ -122,7 +122,7 @@ class Engine:
         self._grad_norm: Any = None
 
         library = _import_deepspeed(device)
-        _ensure_process_group(device)
+        _ensure_process_group(device, zero_stage=zero_stage)
         config = _deepspeed_config(
             zero_stage, offload, precision, micro_batch_size, accumulate, clip_grad_norm, user=deepspeed
         )
@@ -330,11 +330,14 @@ def _import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
-def _ensure_process_group(device: torch.device) -> None:
-    """DeepSpeed wants a process group even when this process was started alone; one in memory needs no port."""
+def _ensure_process_group(device: torch.device, *, zero_stage: int) -> None:
+    """DeepSpeed wants a process group even when this process was started alone; one in memory needs no port.
+
+    NCCL takes 0.5 GB of an H100 for itself, and one rank that divides nothing has nobody to send anything to.
+    """
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it; a launcher has set it
     if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
+        backend = "nccl" if device.type == "cuda" and zero_stage > 0 else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 

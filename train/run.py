@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from model.weights.filling import Home
+from train import replay
 from train.best import BestMetric
 from train.checkpoint import (
     Checkpoints,
@@ -157,6 +158,9 @@ def own_device(wish: str) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ValueError("run.device=cuda, but torch sees no GPU: python scripts/doctor.py says why")
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # batches of unequal lengths leave holes in memory that is taken in fixed pieces
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank >= torch.cuda.device_count():
         raise ValueError(f"process {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}")
@@ -230,7 +234,7 @@ def make_engine(config: DictConfig, run: Run, stage: nn.Module, precision: str) 
     groups = groups_of(config, stage)
     run.say("\n" + _trained_table(stage, precision) + "\n\n" + groups_table(groups))
     run.say(_batch_line(config, ranks, device, precision, contrastive=hasattr(stage.objectives, "itc")))
-    return Engine(
+    made = Engine(
         stage,
         groups,
         device=device,
@@ -244,6 +248,11 @@ def make_engine(config: DictConfig, run: Run, stage: nn.Module, precision: str) 
         offload=engine.offload,
         deepspeed=OmegaConf.to_container(engine.deepspeed, resolve=True),  # type: ignore[arg-type]
     )
+    # ZeRO-3 gathers weights in hooks of their modules, into memory that is another's at the next step
+    if device.type == "cuda" and engine.zero_stage < 3 and config.train.cuda_graphs:
+        replayed = replay.use(stage.model, max_rows=config.train.cuda_graphs)
+        run.say(f"as CUDA graphs, up to {config.train.cuda_graphs} rows: {', '.join(replayed) or 'nothing'}")
+    return made
 
 
 def home_of_frozen(config: DictConfig, run: Run) -> Home:

@@ -58,6 +58,13 @@ class LanguageModel(nn.Module):
         """Whether blocks are recomputed for a micro-batch of so many tokens."""
         return self.checkpoint_activations and num_tokens > self.checkpoint_above
 
+    @property
+    def draws(self) -> bool:
+        """Whether a block draws random numbers now (an adapter's dropout)."""
+        return any(
+            isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in self.layers.modules()
+        )
+
     def embed(self, ids_BL: Tensor) -> Tensor:
         """-> embedded_BLD, as the network's first block takes them"""
         raise NotImplementedError

@@ -275,7 +275,7 @@ class ChatGLM(LanguageModel):
         mask = None if mask is None else as_bias(mask, dtype)
         # whatever the mode: a frozen model is in eval mode, and the gradient still passes through it
         recompute = torch.is_grad_enabled() and self.recomputes(hidden_BLD.shape[:2].numel())
-        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": recompute and _draws(self.layers)}
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": recompute and self.draws}
         for index in range(len(self.layers)):
             hidden_BLD, cos_sin, mask = self.on_layer_device(index, hidden_BLD, cos_sin, mask)
             if recompute:
@@ -352,8 +352,3 @@ def chatglm(
         checkpoint_activations=checkpoint_activations,
         checkpoint_above=checkpoint_above,
     )
-
-
-def _draws(layers: nn.Module) -> bool:
-    """Whether a block draws random numbers now (an adapter's dropout); saving their state costs more than a block."""
-    return any(isinstance(module, nn.Dropout) and module.training and module.p > 0 for module in layers.modules())

@@ -104,11 +104,12 @@ class Glm(LanguageModel):
         # whatever the mode: a frozen model is in eval mode, and the gradient still passes through it; and with adapters
         # on frozen embeddings, what comes in needs no gradient
         recompute = self.checkpoint_activations and torch.is_grad_enabled()
+        options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": recompute and self.draws}
         for index, layer in enumerate(self.layers):
             hidden_BLD, cos, sin, mask = self.on_layer_device(index, hidden_BLD, cos, sin, mask)
             rest = {"attention_mask": mask, "position_embeddings": (cos, sin), "past_key_values": key_values}
             if recompute:
-                hidden_BLD = checkpoint(layer, hidden_BLD, use_reentrant=False, **rest)
+                hidden_BLD = checkpoint(layer, hidden_BLD, **options, **rest)
             else:
                 hidden_BLD = layer(hidden_BLD, **rest)
         return self.network.get_submodule("model.norm")(self.at_home(hidden_BLD))
