@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model.weights import manifest, ours
 from model.weights.checkpoint import open_file
@@ -20,6 +21,7 @@ from train.checkpoint import (
     Checkpoints,
     check_same,
     frozen_fingerprint,
+    load_training_state,
     load_weights,
     random_state,
     read_state,
@@ -29,17 +31,23 @@ from train.distributed import Ranks
 
 
 class FakeEngine:
-    def __init__(self, weight: float = 0.0):
-        self.weight = weight
+    def __init__(self, weight: float = 0.0, moment: float = 0.0):
+        self.weight, self.moment = weight, moment
 
     def full_weights(self) -> Any:
         yield "a.weight", torch.full((2, 3), self.weight)
 
     def full_optimizer_state(self) -> Any:
-        yield "a.weight.exp_avg", torch.zeros(2, 3)
+        yield "a.weight.exp_avg", torch.full((2, 3), self.moment)
+
+    def load_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        self.moment = float(tensors["a.weight.exp_avg"][0, 0])
 
     def loss_scale_state(self) -> dict[str, Any]:
         return {}
+
+    def load_loss_scale_state(self, state: Mapping[str, Any]) -> None:
+        assert state == {}
 
 
 def save(run_dir: Path, steps: list[int], keep: int = 0) -> Checkpoints:
@@ -226,6 +234,19 @@ def test_load_weights(tmp_path: Path) -> None:
         load_weights(OneLayer(3, 4), folder)
     with pytest.raises(ValueError, match=r"1 trainable parameters are not in it \(\['0\.a\.weight'\]\)"):
         load_weights(nn.Sequential(OneLayer(3, 2)), folder)
+
+
+def test_what_a_diverged_run_left_is_not_gone_on_from(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, Ranks.alone(), keep=0)
+    saved = [FakeEngine(float("nan"), 1.0), FakeEngine(1.0, float("inf")), FakeEngine(1.0, 2.0)]
+    first, second, whole = (checkpoints.save(engine, i, {}, "") for i, engine in enumerate(saved))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"step_0/weights\.safetensors: a\.weight holds 6 of 6 .*earlier checkpoint"):
+        load_weights(OneLayer(3, 2), first)
+    engine: Any = FakeEngine()
+    with pytest.raises(ValueError, match=r"step_1/optimizer\.safetensors: a\.weight\.exp_avg holds 6 of 6"):
+        load_training_state(engine, second, Ranks.alone())
+    load_training_state(engine, whole, Ranks.alone())
+    assert engine.moment == 2.0
 
 
 @pytest.mark.parametrize("how", ["ours.load_trained", "ours.load"])

@@ -126,3 +126,27 @@ def test_shapes_beyond_the_last_recording_run_as_they_are(monkeypatch: pytest.Mo
     for rows in (1, 2, 3, 2):
         assert double(torch.ones(rows)).tolist() == [2.0] * rows
     assert len(double.recordings) == 2 and double.passes == 3
+
+
+@pytest.mark.gpu
+def test_random_numbers_are_new_each_time_and_follow_the_seed() -> None:
+    """And a recording draws none: a run that resumes records its shapes again."""
+    x = torch.ones(1000, device="cuda")
+    expected = []
+    for _ in range(2):
+        double = Replayed(torch.nn.functional.dropout, [], max_rows=1000)
+        torch.manual_seed(3)
+        found = [double(x) for _ in range(3)]
+        torch.manual_seed(3)
+        again = [double(x) for _ in range(3)]
+        assert len({tuple(mask.tolist()) for mask in found}) == 3
+        assert all(map(torch.equal, found, again))
+        expected.append(found)
+    assert all(map(torch.equal, *expected))
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_is_named() -> None:
+    double = Replayed(lambda x: x * float(x.sum()), [], max_rows=3)  # asks the device
+    with pytest.raises(RuntimeError, match="train.cuda_graphs=0"):
+        double(torch.ones(2, device="cuda"))
