@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.weights import manifest
+from model.weights.checkpoint import require_finite
 from model.weights.manifest import MARKER as MARKER
 from model.weights.ours import frozen_fingerprint as frozen_fingerprint
 from train.distributed import Ranks
@@ -158,7 +159,10 @@ class Checkpoints:
 
 
 def load_weights(stage: nn.Module, folder: Path) -> None:
-    """Trainable weights into the stage, before an engine divides them.  Names and shapes must be the stage's."""
+    """Trainable weights into the stage, before an engine divides them.
+
+    Raises ValueError: names or shapes that are not the stage's; NaN or infinity.
+    """
     trainable = {name: p for name, p in stage.named_parameters() if p.requires_grad}
     with safe_open(folder / "weights.safetensors", "pt") as file:
         names = set(file.keys())
@@ -175,12 +179,20 @@ def load_weights(stage: nn.Module, folder: Path) -> None:
                     f"{folder}: {name} has shape {tuple(tensor.shape)}, this model's has {tuple(parameter.shape)}"
                 )
             parameter.data.copy_(tensor)
+            require_finite(parameter.data, name, folder / "weights.safetensors")
 
 
 def load_training_state(engine: Engine, folder: Path, ranks: Ranks) -> dict[str, Any]:
-    """Optimizer, loss scale and random states into a freshly built engine; returns `state.json`."""
+    """Optimizer, loss scale and random states into a freshly built engine; returns `state.json`.
+
+    Raises ValueError: NaN or infinity among the optimizer's numbers.
+    """
     state = read_state(folder)
-    engine.load_optimizer_state(load_file(folder / "optimizer.safetensors"))
+    file = folder / "optimizer.safetensors"
+    moments = load_file(file)
+    for name, tensor in moments.items():
+        require_finite(tensor, name, file)
+    engine.load_optimizer_state(moments)
     engine.load_loss_scale_state(state["loss_scale"])
     if len(state["random"]) == ranks.count:
         tensors = load_file(folder / "random.safetensors")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from model.weights import bert, lavis, ours, transformers_blip2
-from model.weights.checkpoint import read_config
+from model.weights.checkpoint import read_config, require_finite
 from model.weights.filling import LoadReport
 
 __all__ = ["LoadReport", "initialise"]
@@ -72,11 +72,16 @@ def _load(model: nn.Module, path: Path, key: str, token_type: str) -> LoadReport
 
 
 def _credit_encoder(model: nn.Module, report: LoadReport) -> None:
-    """`vision_from_folder` has loaded its own weights while it was built, and so has a language model warmed up."""
+    """`vision_from_folder` has loaded its own weights while it was built, and so has a language model warmed up.
+
+    Raises ValueError: NaN or infinity among them.
+    """
     credited = []
     for part in ("vision", "llm"):
         source = getattr(getattr(model, part, None), "loaded_from", None)
         if source is not None:
+            for name, parameter in getattr(model, part).named_parameters():
+                require_finite(parameter, name.removeprefix("network."), source)
             credited.append(f"{source} ({'image encoder' if part == 'vision' else 'language model'})")
             for name in [name for name in report.new if name.startswith(f"{part}.")]:
                 report.loaded[name] = report.new.pop(name)

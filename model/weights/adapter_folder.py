@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from model.adapter import NAME, inject
 from model.visual_chat import VisualChatModel
-from model.weights.checkpoint import open_file, read_json
+from model.weights.checkpoint import examining, open_file, read_json
 from model.weights.filling import LoadReport, Part, fill
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def read_peft(place: Path) -> tuple[Any, dict[str, Tensor]]:
     """What peft wrote: its config, and the tensors by the names of the wrapped network.
 
     Raises:
-        ValueError: a file is missing or damaged, or the adapter is of another kind than LoRA.
+        ValueError: a file is missing, damaged or holds NaN or infinity, or the adapter is of another kind than LoRA.
     """
     from peft import LoraConfig
 
@@ -132,7 +132,8 @@ def read_peft(place: Path) -> tuple[Any, dict[str, Tensor]]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"peft does not read {place / CONFIG} ({error})") from error
     checkpoint = open_file(place / WEIGHTS)
-    return config, {name.removeprefix(_PEFT): checkpoint.read(name) for name in checkpoint.shapes}
+    with examining():
+        return config, {name.removeprefix(_PEFT): checkpoint.read(name) for name in checkpoint.shapes}
 
 
 def warn_of_other_base(about: Mapping[str, Any], base: str | Path | None, folder: Path) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from model.weights import names
-from model.weights.checkpoint import Checkpoint, open_folder, read_config
+from model.weights.checkpoint import Checkpoint, examining, open_folder, read_config
 from model.weights.filling import LoadReport, Part, fill
 from model.weights.names import LANGUAGE_HEAD
 
@@ -134,7 +134,9 @@ def _token_types(model: nn.Module, checkpoint: Checkpoint, token_type: str, repo
     if name not in checkpoint.shapes:
         return
     if token_type == "fold":
-        model.get_parameter("qformer.embedding.position.weight").add_(checkpoint.read(name)[0])
+        with examining():
+            types = checkpoint.read(name)
+        model.get_parameter("qformer.embedding.position.weight").add_(types[0])
         report.ignored.pop(name)
         report.notes.append("token type 0 was folded into the positions")
     else:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -66,8 +68,60 @@ class Checkpoint:
         return Checkpoint(self.path, {name: shape for name, shape in self.shapes.items() if wanted(name)}, self.read)
 
 
-def from_tensors(tensors: Mapping[str, Tensor], path: str = "tensors in memory") -> Checkpoint:
-    return Checkpoint(path, {name: tuple(t.shape) for name, t in tensors.items()}, lambda name: tensors[name])
+def from_tensors(
+    tensors: Mapping[str, Tensor], path: str = "tensors in memory", *, file: Path | None = None
+) -> Checkpoint:
+    """`file`: where they are, if `path` is a folder."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return Checkpoint(path, shapes, lambda name: _examined(tensors[name], name, file or path))
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """No NaN and no infinity, in one pass without memory where the tensor lies.
+
+    On one core of a Xeon 3 to 5 GB/s, where `torch.isfinite` makes several passes and comes to 0.2.
+    """
+    if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+        return True
+    least_and_largest = torch.stack(_countable(tensor).aminmax())  # both are NaN where one number is
+    return bool(least_and_largest.isfinite().all())
+
+
+def require_finite(tensor: Tensor, name: str, file: str | Path) -> None:
+    """Raises ValueError: there is NaN or infinity in it."""
+    if not is_finite(tensor):
+        count = tensor.numel() - int(_countable(tensor).isfinite().sum())
+        raise ValueError(
+            f"{file}: {name} holds {count} of {tensor.numel()} numbers that are NaN or infinite: the file is damaged, "
+            f"or the training that wrote it had gone wrong.  Fetch or copy it again, or take an earlier checkpoint"
+        )
+
+
+def _countable(tensor: Tensor) -> Tensor:
+    """torch finds no minimum in 8 bits."""
+    return tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()
+
+
+@contextmanager
+def examining() -> Iterator[None]:
+    """While it lasts, every tensor read from a checkpoint has to be finite.
+
+    This is known where a file is open, as a format may hand its tensors on under other names, in other shapes.
+    """
+    before = _EXAMINING.set(True)
+    try:
+        yield
+    finally:
+        _EXAMINING.reset(before)
+
+
+_EXAMINING = ContextVar("examining", default=False)
+
+
+def _examined(tensor: Tensor, name: str, file: str | Path) -> Tensor:
+    if _EXAMINING.get():
+        require_finite(tensor, name, file)
+    return tensor
 
 
 def open_file(path: Path) -> Checkpoint:
@@ -148,7 +202,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{path} is no readable safetensors file, perhaps cut short ({error})") from error
-    return Checkpoint(str(path), shapes, file.get_tensor)
+    return Checkpoint(str(path), shapes, lambda name: _examined(file.get_tensor(name), name, path))
 
 
 def _open_torch(path: Path) -> Checkpoint:

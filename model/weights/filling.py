@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from model.weights.checkpoint import Checkpoint
+from model.weights.checkpoint import Checkpoint, examining, is_finite
 
 Rows = tuple[int, int]
 
@@ -113,7 +113,8 @@ def fill(model: nn.Module, checkpoint: Checkpoint, parts: Iterable[Part], *, mus
     Args:
         must: blocks that the checkpoint has to have.
     Raises:
-        ValueError: a shape that does not fit, a block that is there by half, or one of `must` that is not there.
+        ValueError: a shape that does not fit, a block that is there by half, one of `must` that is not there, or a
+            tensor with NaN or infinity in it.
     """
     targets = dict(model.named_parameters())
     wanted = [part for part in parts if part.target in targets]
@@ -178,6 +179,7 @@ def _copy(target: nn.Parameter, part: Part, checkpoint: Checkpoint, source: str,
     if part.source_rows is not None:
         tensor = tensor[part.source_rows[0] : part.source_rows[1]]
     destination.copy_(tensor.reshape(destination.shape))
+    _require_finite(destination, part, checkpoint, source)
     if part.target_rows is not None:
         name = f"{name} rows {part.target_rows[0]} to {part.target_rows[1] - 1}"
     report.loaded[name] = destination.numel()
@@ -195,7 +197,9 @@ def _arrive(
     if receive is not None:
         if tuple(outline.shape) != checkpoint.shapes[source]:
             raise _misfit(part, outline, checkpoint, source)
-        receive(name, checkpoint.read(source))
+        tensor = checkpoint.read(source)
+        _require_finite(tensor, part, checkpoint, source)  # in few bits NaN is a number like any other
+        receive(name, tensor)
         report.loaded[part.target] = outline.numel()
         return
     home: Home = getattr(outline, _HOME, Home())
@@ -203,12 +207,26 @@ def _arrive(
     make = torch.empty if whole else torch.zeros  # rows that no file has, as LAVIS's key bias, are 0
     arrived = nn.Parameter(make(outline.shape, dtype=outline.dtype, device=home.device), outline.requires_grad)
     _copy(arrived, part, checkpoint, source, report)
-    if home.dtype is not None and frozen:
+    if home.dtype not in (None, arrived.dtype) and frozen:
         arrived.data = arrived.data.to(home.dtype)
+        _require_finite(arrived, part, checkpoint, source)
     setattr(module, name, arrived)
     if home.keep is not None and frozen and whole:
         home.keep(arrived)
         setattr(arrived, _OUTLINE, outline)
+
+
+def _require_finite(arrived: Tensor, part: Part, checkpoint: Checkpoint, source: str) -> None:
+    """Where it has arrived, so on a GPU in no time; only what is not finite is read again, to tell why."""
+    if is_finite(arrived):
+        return
+    with examining():
+        largest = max(map(float, checkpoint.read(source).aminmax()), key=abs)
+    raise ValueError(
+        f"{source} of {checkpoint.path} has {largest:g}, {part.target} is kept in "
+        f"{str(arrived.dtype).removeprefix('torch.')}, which ends at {torch.finfo(arrived.dtype).max:g}: take bfloat16 "
+        f"or float32"
+    )
 
 
 def _misfit(part: Part, target: Tensor, checkpoint: Checkpoint, source: str, taken: str = "") -> ValueError:

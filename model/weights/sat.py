@@ -107,19 +107,25 @@ def open_folder(folder: Path, *, leave_lora: bool = False) -> Checkpoint:
     Raises:
         ValueError: no checkpoint, something in it that is no plain data, or an adapter that is not merged.
     """
-    tensors = read_newest(folder)
+    file = newest_file(folder)
+    tensors = read_module(file)
     adapter = [name for name in tensors if any(mark in name for mark in sat_lora.MARKS)]
     if adapter and not leave_lora:
         raise ValueError(
             f"{folder} holds a LoRA that is not merged ({len(adapter)} tensors, first: {adapter[0]}): convert it as an "
             f"adapter (scripts/convert_weights.py adapter), and its base with --leave-lora"
         )
-    checkpoint = from_tensors(tensors, str(folder))
+    checkpoint = from_tensors(tensors, str(folder), file=file)
     return sat_lora.base_of(checkpoint) if adapter else checkpoint
 
 
 def read_newest(folder: Path) -> dict[str, Tensor]:
     """The tensors that `latest` points to, a LoRA's included."""
+    return read_module(newest_file(folder))
+
+
+def newest_file(folder: Path) -> Path:
+    """Raises ValueError where there is none, or one of several."""
     latest = folder / "latest"
     if not latest.is_file():
         raise ValueError(f"{folder} has no file `latest`, which names the checkpoint to read")
@@ -127,7 +133,7 @@ def read_newest(folder: Path) -> dict[str, Tensor]:
     files = sorted(place.glob("mp_rank_*_model_states.pt"))
     if [file.name for file in files] != ["mp_rank_00_model_states.pt"]:
         raise ValueError(f"{place} holds {[file.name for file in files]}; expected mp_rank_00_model_states.pt alone")
-    return read_module(files[0])
+    return files[0]
 
 
 def read_module(file: Path) -> dict[str, Tensor]:
