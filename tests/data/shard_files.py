@@ -10,12 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from data.loader import Loader
 from data.mixture import Mixture
 from data.source import BadSample, RawSample
+from data.source.shards import ShardSource
 from data.transform import TrainTransform
+
+BOTH = {"zh": "zh", "en": "en"}  # languages and their fields in the JSON of `bilingual_members`
 
 
 def picture(number: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -48,6 +53,33 @@ def bilingual_members(numbers: Sequence[int], **more: Any) -> list[tuple[str, by
         record = {"zh": f"第{n}张图", "en": f"picture number {n}", **more}
         members += [(f"{n:05d}.jpg", jpeg(n)), (f"{n:05d}.json", json.dumps(record).encode())]
     return members
+
+
+def img2dataset_shard(
+    folder: Path, name: str, numbers: range, *, parquet: bool = True, lang_in_json: bool = False
+) -> Path:
+    """As img2dataset 1.47 writes it: members as downloads complete, failures only in the parquet."""
+    keys = {n: f"{name}{n:04d}" for n in numbers}
+    language = {n: "zh" if n % 3 == 0 else "en" for n in numbers}
+    rows = [
+        {"key": keys[n], "lang": language[n], "status": "success", "url": f"http://a/{n}", "caption": f"caption {n}"}
+        for n in numbers
+    ]
+    members = []
+    for row, n in zip(rows, numbers, strict=True):
+        record = row if lang_in_json else {k: v for k, v in row.items() if k != "lang"}
+        members.append((f"{row['key']}.jpg", jpeg(n)))
+        members.append((f"{row['key']}.txt", f"caption {n}".encode()))
+        members.append((f"{row['key']}.json", json.dumps(record).encode()))
+    order = np.random.default_rng(0).permutation(len(members))
+    if parquet:
+        failed = {"key": f"{name}9999", "lang": "zh", "status": "failed_to_download", "url": "http://b", "caption": "-"}
+        pq.write_table(pa.Table.from_pylist([*rows, failed]), folder / f"{name}.parquet")
+    return write_tar(folder / f"{name}.tar", [members[i] for i in order])
+
+
+def read_all(source: ShardSource, language: str) -> list:
+    return [source.read(language, i) for i in range(source.num_samples(language))]
 
 
 def without(members: Sequence[tuple[str, bytes]], name: str) -> list[tuple[str, bytes]]:
