@@ -117,13 +117,7 @@ def _members(shard: Path, left_out: Counter[str]) -> Iterator[tuple[str, int, in
     A tar that was cut short gives what it still has: whatever reaches past its end is found when it is read.
     """
     end = shard.stat().st_size
-    if end == 0:
-        raise ValueError(f"{shard}: the file is empty; expected a tar")
-    try:
-        tar = tarfile.open(shard, "r:")
-    except tarfile.TarError as error:
-        raise ValueError(f"{shard}: not an uncompressed tar ({error}); a .tar.gz has to be unpacked to .tar") from error
-    with tar:
+    with open_tar(shard) as tar:
         try:
             while (member := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
@@ -140,6 +134,27 @@ def _members(shard: Path, left_out: Counter[str]) -> Iterator[tuple[str, int, in
         reason = _what_is_lost(tar)
         if reason:
             left_out[reason] += 1
+
+
+def open_tar(shard: Path, *, name: str | None = None) -> tarfile.TarFile:
+    """At its first header.  Raises ValueError where it is no uncompressed tar; `name` is what that is called then."""
+    try:
+        return tarfile.open(shard, "r:")
+    except tarfile.TarError as error:
+        begin = first_bytes(shard)
+        told = f"not an uncompressed tar ({error}), it begins with {begin!r}" if begin else "the file is empty"
+        raise ValueError(f"{name or shard}: {told}; {_way_out(begin)}") from error
+
+
+def first_bytes(file: Path, size: int = 60) -> bytes:
+    with open(file, "rb") as content:
+        return content.read(size)
+
+
+def _way_out(begin: bytes) -> str:
+    if begin.lstrip().startswith(b"<"):
+        return "a web page: does the address need a login, or another link for the file itself?"
+    return "expected a tar" if not begin else "a .tar.gz has to be unpacked to .tar"
 
 
 def _what_is_lost(tar: tarfile.TarFile) -> str:

@@ -22,6 +22,8 @@ from urllib.error import HTTPError
 from braceexpand import braceexpand
 from tqdm import tqdm
 
+from data.scan import first_bytes, open_tar
+
 REMOTE = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 FETCH_ATTEMPTS = 3
 RETRY_PAUSE_S = 2.0
@@ -86,7 +88,7 @@ def _filesystem(url: str) -> tuple[Any, str]:
 def local_copy(address: str, cache_dir: Path) -> Path:
     """A local file with the content of `address`; remote ones are fetched whole, once per machine.
 
-    Raises ValueError where it cannot be fetched completely, FileNotFoundError where there is none.
+    Raises ValueError where it cannot be fetched completely or is something else, FileNotFoundError where there is none.
     """
     if not REMOTE.match(address):
         return Path(address)
@@ -94,13 +96,33 @@ def local_copy(address: str, cache_dir: Path) -> Path:
     place = address if "?" in address else address.rpartition("/")[0]
     folder = cache_dir / blake2b(place.encode(), digest_size=8).hexdigest()
     target = folder / address.rsplit("/", 1)[1].split("?")[0]
-    if target.exists():
+    if _is_kept(target):
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with locked(target):
-        if not target.exists():  # another rank may have fetched it while this one waited
+        if not _is_kept(target):  # another rank may have fetched it while this one waited
+            target.unlink(missing_ok=True)
             _fetch(address, target)
     return target
+
+
+def _is_kept(target: Path) -> bool:
+    """Pages instead of shards were kept too, once."""
+    try:
+        _check_kind(target, str(target))
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
+
+
+def _check_kind(file: Path, address: str) -> None:
+    """Raises ValueError: a server may answer with a page, and status 200, what it will not give."""
+    if address.split("?")[0].endswith(".parquet"):
+        begin = first_bytes(file)
+        if not begin.startswith(b"PAR1"):
+            raise ValueError(f"{address}: not a parquet file, it begins with {begin!r}")
+    else:
+        open_tar(file, name=address).close()
 
 
 def local_copies(addresses: Sequence[str], cache_dir: Path, *, with_parquet: bool) -> list[Path]:
@@ -145,6 +167,11 @@ def _fetch(address: str, target: Path) -> None:
             problem = str(error)
             continue
         if expected is None or part.stat().st_size == expected:
+            try:
+                _check_kind(part, address)
+            except ValueError:
+                part.unlink()
+                raise
             os.replace(part, target)
             return
         problem = f"{part.stat().st_size} of {expected} bytes came"

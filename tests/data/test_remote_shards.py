@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import threading
 from functools import partial
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -92,6 +93,62 @@ def test_an_answer_in_chunks_that_ends_early_is_asked_for_again(tmp_path: Path, 
         with pytest.raises(ValueError, match="b.tar: could not be fetched in 3 attempts .*IncompleteRead"):
             ShardSource(f"{address}/b.tar", **options)
         server.shutdown()
+
+
+PAGE = b"<!DOCTYPE html><title>Log in</title>" + b"<p>to go on</p>" * 99
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (PAGE, r"not an uncompressed tar .*begins with b'<!DOCTYPE html><title>Log in.*login"),
+        (PAGE[:90], r"not an uncompressed tar .*begins with b'<!DOCTYPE html>"),
+        (gzip.compress(PAGE), r"not an uncompressed tar .*begins with b'\\x1f\\x8b.*unpacked to \.tar"),
+        (b"", "is empty"),
+    ],
+    ids=["page", "short page", "tar.gz", "nothing"],
+)
+@pytest.mark.parametrize("in_cache", [False, True])
+def test_what_is_answered_instead_of_a_shard_is_not_kept(
+    web, tmp_path: Path, answer: bytes, told: str, in_cache: bool
+) -> None:
+    """A login page comes with status 200 and its right length."""
+    folder, address = web
+    cache = tmp_path / "cache"
+    make = partial(ShardSource, f"{address}/a.tar", caption_fields=BOTH, cache_dir=str(cache))
+    if in_cache:  # from before such answers were refused
+        write_tar(folder / "a.tar", bilingual_members(range(3)))
+        make()
+        (kept,) = cache.rglob("a.tar")
+        kept.write_bytes(answer)
+    (folder / "a.tar").write_bytes(answer)
+    with pytest.raises(ValueError, match=f"(?s){address}/a.tar: .*{told}"):
+        make()
+    assert not [file for file in cache.rglob("a.tar*")]
+    write_tar(folder / "a.tar", bilingual_members(range(3)))
+    assert make().num_samples("zh") == 3
+
+
+def test_a_bad_answer_in_the_cache_is_fetched_again(web, tmp_path: Path) -> None:
+    folder, address = web
+    write_tar(folder / "a.tar", bilingual_members(range(3)))
+    make = partial(ShardSource, f"{address}/a.tar", caption_fields=BOTH, cache_dir=str(tmp_path / "cache"))
+    make()
+    (kept,) = (tmp_path / "cache").rglob("a.tar")
+    kept.write_bytes(PAGE)
+    assert make().num_samples("zh") == 3 and kept.read_bytes() == (folder / "a.tar").read_bytes()
+
+
+def test_a_page_instead_of_the_table_of_a_shard_is_not_kept(web, tmp_path: Path) -> None:
+    folder, address = web
+    img2dataset_shard(folder, "00000", range(6))
+    table = (folder / "00000.parquet").read_bytes()
+    (folder / "00000.parquet").write_bytes(PAGE)
+    make = partial(ShardSource, f"{address}/00000.tar", language_field="lang", cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=f"{address}/00000.parquet: not a parquet file, it begins with b'<!DOCTYPE"):
+        make()
+    (folder / "00000.parquet").write_bytes(table)
+    assert make().num_samples("zh") == 2
 
 
 def test_shards_in_any_file_system_that_fsspec_knows(tmp_path: Path) -> None:
