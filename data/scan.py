@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from posixpath import normpath
 from typing import Any
 
 import numpy as np
 
-VERSION = 3  # of what a scan finds; counts up when old index files have to be made anew
+VERSION = 4  # of what a scan finds; counts up when old index files have to be made anew
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"})
 PARTS = {"image": IMAGE_EXTENSIONS, "text": frozenset({"txt"}), "json": frozenset({"json"})}
 PART_OF = {extension: part for part, extensions in PARTS.items() for extension in extensions}
@@ -111,12 +112,13 @@ def _places(shard: Path) -> tuple[dict[str, list[int]], Counter[str]]:
     return places, left_out
 
 
-def _members(shard: Path, left_out: Counter[str]) -> Iterator[tuple[str, int, int]]:
-    """(name, offset, size) of every file in the tar.
+def _members(shard: Path, left_out: Counter[str], *, before: int | None = None) -> Iterator[tuple[str, int, int]]:
+    """(name, offset, size) of every file in the tar, or of those before the header at `before`.
 
-    A tar that was cut short gives what it still has: whatever reaches past its end is found when it is read.
+    A hard link is the file before it that it names.  A tar that was cut short gives what it still has: whatever reaches
+    past its end is found when it is read.
     """
-    end = shard.stat().st_size
+    end, files = shard.stat().st_size, _Files(shard)
     with open_tar(shard) as tar:
         try:
             while (member := tar.next()) is not None:
@@ -124,8 +126,20 @@ def _members(shard: Path, left_out: Counter[str]) -> Iterator[tuple[str, int, in
                 if tar.offset <= member.offset:  # a size below 0 leads back, for ever
                     left_out["rest of a shard after a broken header"] += 1
                     return
+                if member.offset == before:
+                    return
+                place = None
                 if member.isreg():  # one byte too many says that it is cut; no header may ask for a terabyte
-                    yield member.name, member.offset_data, min(member.size, max(0, end - member.offset_data) + 1)
+                    place = member.offset_data, min(member.size, max(0, end - member.offset_data) + 1)
+                elif member.islnk():
+                    place = files.named_by(member)
+                    if place is None:
+                        left_out["hard link to no member before it"] += 1
+                elif member.issym():
+                    left_out["symbolic link, which is never followed"] += 1
+                if place is not None:
+                    files.add(member.name, place)
+                    yield member.name, *place
                 if tar.offset > end:
                     raise tarfile.ReadError("unexpected end of data")  # tarfile's own, where it can seek so far
         except tarfile.TarError:
@@ -134,6 +148,29 @@ def _members(shard: Path, left_out: Counter[str]) -> Iterator[tuple[str, int, in
         reason = _what_is_lost(tar)
         if reason:
             left_out[reason] += 1
+
+
+class _Files:
+    """The files of a tar so far, for hard links to them.
+
+    Names take a lot of memory and few tars have links, so they are kept from the first link on; those before it are
+    found in a second pass.
+    """
+
+    def __init__(self, shard: Path):
+        self.shard = shard
+        self._places: dict[str, tuple[int, int]] | None = None
+
+    def add(self, name: str, place: tuple[int, int]) -> None:
+        if self._places is not None:
+            self._places[normpath(name)] = place
+
+    def named_by(self, link: tarfile.TarInfo) -> tuple[int, int] | None:
+        """(offset, size); None where there is no such file before the link."""
+        if self._places is None:
+            earlier = _members(self.shard, Counter(), before=link.offset)
+            self._places = {normpath(name): (at, size) for name, at, size in earlier}
+        return self._places.get(normpath(link.linkname))
 
 
 def open_tar(shard: Path, *, name: str | None = None) -> tarfile.TarFile:

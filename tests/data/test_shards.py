@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import data.index
+from data.scan import open_tar
 from data.shard_list import expand_shards
 from data.source import BadSample
 from data.source.shards import ShardSource
@@ -179,6 +180,57 @@ def test_no_rest_of_a_shard_is_lost_without_a_word(tmp_path: Path, how: str, rea
     source = ShardSource(str(tar), language="en")
     assert (source.num_samples("en"), source.left_out) == (2, {reason: 1})
     assert [sample.captions for sample in read_all(source, "en")] == [("x" * 600,)] * 2
+
+
+def write_links(path: Path, members: list[tuple[str, bytes | str]], *, kind: bytes, form: int) -> Path:
+    """A string is what the member is a link to."""
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            if isinstance(content, str):
+                info.type, info.linkname = kind, content
+                tar.addfile(info)
+            else:
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_a_hard_link_is_the_member_before_it(tmp_path: Path, form: int, monkeypatch) -> None:
+    """`tar` writes one for a file that it has packed already: equal pictures of several samples."""
+    pool = "p" * 150 + "/blob"  # neither a key nor an extension, and in a header of its own
+    members: list[tuple[str, bytes | str]] = [
+        (pool, jpeg(0)), ("1.txt", b"one"), ("1.jpg", pool), ("2.jpg", "./1.jpg"), ("2.txt", "1.txt"),
+        ("again", b"old"), ("again", jpeg(5)), ("3.jpg", "again"), ("3.txt", b"three"),
+    ]  # fmt: skip
+    write_links(tmp_path / "a.tar", members, kind=tarfile.LNKTYPE, form=form)
+    opened: list[Path] = []
+    monkeypatch.setattr("data.scan.open_tar", lambda shard: opened.append(shard) or open_tar(shard))
+    source = ShardSource(str(tmp_path), language="en")
+    found = {sample.key: (sample.captions[0], sample.image) for sample in read_all(source, "en")}
+    assert found == {"1": ("one", jpeg(0)), "2": ("one", jpeg(0)), "3": ("three", jpeg(5))}
+    assert source.left_out == {} and len(opened) == 2, "names are looked up in a second pass, and only for links"
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "reason"),
+    [
+        (tarfile.LNKTYPE, "2.jpg", "hard link to no member before it"),
+        (tarfile.LNKTYPE, "/etc/hostname", "hard link to no member before it"),
+        (tarfile.SYMTYPE, "0.jpg", "symbolic link, which is never followed"),
+        (tarfile.SYMTYPE, "/etc/hostname", "symbolic link, which is never followed"),
+    ],
+)
+def test_a_link_that_is_not_followed_is_named(tmp_path: Path, kind: bytes, target: str, reason: str) -> None:
+    members: list[tuple[str, bytes | str]] = [("0.jpg", jpeg(0)), ("0.txt", b"a"), ("1.jpg", target), ("1.txt", b"b")]
+    members += [("2.jpg", jpeg(2)), ("2.txt", b"c")]
+    write_links(tmp_path / "a.tar", members, kind=kind, form=tarfile.GNU_FORMAT)
+    source = ShardSource(str(tmp_path), language="en")
+    assert source.left_out == {reason: 1}
+    assert [source.read("en", i).captions for i in (0, 2)] == [("a",), ("c",)]
+    with pytest.raises(BadSample, match="no image"):
+        source.read("en", 1)
 
 
 def test_a_size_that_no_memory_holds_is_a_bad_sample(tmp_path: Path) -> None:
