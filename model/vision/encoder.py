@@ -4,6 +4,7 @@ The networks are transformers' own (SDPA attention).  This file adds what the Q-
 pixels, all tokens and no pooler, frozen parts that stay in eval mode and in 16 bit, and the sizes the rest is built by.
 
 Shape letters   B = images   C, H, W = image   N = tokens of an image   D = width
+                A = heads   E = D / A   X = query, key, value
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -192,6 +195,8 @@ def eva_vit(
     with contextlib.nullcontext() if device is None else torch.device(device):
         network = Blip2VisionModel._from_config(config, attn_implementation="sdpa")
     network.post_layernorm = nn.Identity()
+    for layer in network.encoder.layers:
+        layer.self_attn.forward = partial(_attend, layer.self_attn)
     if initial_positions == "sincos":
         with torch.no_grad():
             network.embeddings.position_embedding[:, 1:] = sincos_positions(image_size // patch_size, width)
@@ -205,6 +210,15 @@ def eva_vit(
         pixel_std=pixel_std,
         compile_blocks=compile_blocks,
     )
+
+
+def _attend(attention: Any, hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
+    """`Blip2Attention.forward`, which takes query, key and value out of their product one by one: the gradient of each
+    is then a tensor of the size of all three, mostly zeros, and three of them are added up."""
+    qkv_BNXAE = attention.qkv(hidden_states).unflatten(-1, (3, attention.num_heads, attention.head_dim))
+    query, key, value = (x_BNAE.transpose(1, 2) for x_BNAE in qkv_BNXAE.unbind(2))
+    context_BANE = F.scaled_dot_product_attention(query, key, value)
+    return attention.projection(context_BANE.transpose(1, 2).flatten(2)), None
 
 
 def sincos_positions(grid: int, width: int, *, longest: float = 100.0) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model.vision.encoder import CLIP_MEAN, CLIP_STD, ImageEncoder, eva_vit, vision_from_folder
+from tests.operations import Operations
 
 
 def small(**options: object) -> ImageEncoder:
@@ -41,6 +42,21 @@ def test_features_are_those_before_transformers_post_layernorm() -> None:
     features = encoder(pixels)
     assert features.shape == (3, encoder.num_tokens, encoder.width) == (3, 17, 32)
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
+
+
+def test_gradients_of_attention_are_transformers_without_a_tensor_of_zeros_for_each_part() -> None:
+    encoder = small(frozen=False, num_layers=1)
+    attention = encoder.network.encoder.layers[0].self_attn
+    x, weight = torch.randn(3, 17, 32), torch.randn(3, 17, 32)
+    results = []
+    for forward in (attention, lambda x: type(attention).forward(attention, x)):
+        with Operations() as asked:
+            results.append(torch.autograd.grad((forward(x)[0] * weight).sum(), list(attention.parameters())))
+        results[-1] += (asked.number_of("select_backward"),)
+    found, expected = results
+    assert (found[-1], expected[-1]) == (0, 3)
+    for gradient, library in zip(found[:-1], expected[:-1], strict=True):
+        torch.testing.assert_close(gradient, library)
 
 
 def test_uint8_is_normalised_and_floats_are_taken_as_they_are() -> None:
