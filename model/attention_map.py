@@ -35,7 +35,7 @@ def cross_attention_weights(qformer: QFormer, memory: ImageMemory) -> list[Tenso
         for hook in hooks:
             hook.remove()
     found = []
-    for attention, (key_BAMD, _) in zip(looking, memory.layers, strict=True):
+    for attention, (key_BAMD, _) in zip(looking, memory.layers(), strict=True):
         query_BAQD = split_heads(attention.query(asked[attention]), attention.num_heads)
         score_BAQM = query_BAQD.float() @ key_BAMD.float().mT / math.sqrt(query_BAQD.shape[-1])
         found.append(score_BAQM.softmax(dim=-1))

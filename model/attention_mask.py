@@ -38,3 +38,13 @@ def text_after_query(text_mask_PL: Tensor, num_query_tokens: int) -> Tensor:
     text_PLL = causal_LL & text_mask_PL[:, None, :]
     query_PLQ = text_PLL.new_ones(num_pairs, length, num_query_tokens)
     return torch.cat([query_PLQ, text_PLL], dim=2)[:, None]
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as attention adds it, 0 or -inf: made once for all layers, where each would make its own.
+
+    Rows begin at multiples of 8 numbers: the fused kernel would copy others so, in every layer.
+    """
+    rows, length = mask.shape[:-1], mask.shape[-1]
+    bias = torch.zeros(*rows, -(-length // 8) * 8, dtype=dtype, device=mask.device)[..., :length]
+    return bias.masked_fill_(~mask, float("-inf"))

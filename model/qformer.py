@@ -3,8 +3,9 @@
 A post-norm BERT whose self-attention is shared by queries and text, whose feed-forward is not, and whose queries look
 at the image in every second layer.  Four named passes: `see` (queries, image), `read` (text alone), `match` (queries,
 image and text together) and `caption` (text after queries).  The arithmetic is LAVIS's (`blip2_models/Qformer.py`);
-what differs changes no number: fused attention, and an image's cross-attention keys and values are projected once by
-`look` and handed to every pass (LAVIS projects them four times a step), and the last layer computes only what is used.
+what differs changes no number: fused attention, maps of one input are one product, an image's cross-attention keys and
+values are projected once by `look` and handed to every pass (LAVIS projects them four times a step), and the last layer
+computes only what is used.
 
 Shape letters   B = images   P = image-text pairs   Q = query tokens   L = caption length   T = any tokens
                 H = hidden size   W = image width   M = image tokens   A = heads   D = H / A   V = vocabulary
@@ -13,7 +14,7 @@ Shape letters   B = images   P = image-text pairs   Q = query tokens   L = capti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
@@ -23,6 +24,8 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from model import attention_mask
+from model.autocast import compute_dtype
+from model.joint_linear import joint_linear
 
 KeyValue = tuple[Tensor, Tensor]  # key_PATD, value_PATD
 
@@ -32,25 +35,31 @@ INITIAL_STD = 0.02  # BERT's, for every weight that no checkpoint brings
 
 @dataclass(frozen=True)
 class ImageMemory:
-    """The cross-attention keys and values of some images, one (key_BAMD, value_BAMD) for each layer that looks.
+    """The cross-attention keys and values of some images, of all layers that look, as they come from one product.
 
     `uses` pairs share each image: pair u * B + b looks at image b.  So the true pair and the hard-text pair of ITM read
     the same memory without a copy.
     """
 
-    layers: tuple[KeyValue, ...]
+    key_value_BMK: Tensor  # K: each layer's key, then its value, then the next layer's
+    hidden_size: int
+    num_heads: int
     uses: int = 1
 
     def __len__(self) -> int:
-        return len(self.layers[0][0])
+        return len(self.key_value_BMK)
+
+    def layers(self) -> list[KeyValue]:
+        """(key_BAMD, value_BAMD) of each layer that looks"""
+        heads = [split_heads(x_BMH, self.num_heads) for x_BMH in self.key_value_BMK.split(self.hidden_size, dim=-1)]
+        return list(zip(heads[0::2], heads[1::2], strict=True))
 
     def select(self, image_index_P: Tensor) -> ImageMemory:
         """The memory of the images named, one for each pair."""
-        picked = tuple((key[image_index_P], value[image_index_P]) for key, value in self.layers)
-        return ImageMemory(picked)
+        return replace(self, key_value_BMK=self.key_value_BMK.index_select(0, image_index_P), uses=1)
 
     def used(self, times: int) -> ImageMemory:
-        return ImageMemory(self.layers, uses=times)
+        return replace(self, uses=times)
 
 
 def split_heads(x_PTH: Tensor, num_heads: int) -> Tensor:
@@ -89,29 +98,28 @@ class SelfAttention(nn.Module):
 
         The output has the first `keep` tokens only; all are seen.
         """
-        kept_PTH = x_PTH[:, :keep]
-        query = split_heads(self.query(kept_PTH), self.num_heads)
-        key, value = (split_heads(linear(x_PTH), self.num_heads) for linear in (self.key, self.value))
+        inner_PTH = x_PTH.to(compute_dtype(x_PTH))
+        if keep is None:
+            projected = joint_linear(inner_PTH, [self.query, self.key, self.value]).chunk(3, dim=-1)
+        else:
+            key_value = joint_linear(inner_PTH, [self.key, self.value])
+            projected = self.query(inner_PTH[:, :keep]), *key_value.chunk(2, dim=-1)
+        query, key, value = (split_heads(each, self.num_heads) for each in projected)
         own = (key, value)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         dropout = self.attention_dropout if self.training else 0.0
         context_PATD = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-        return self.output(context_PATD.transpose(1, 2).flatten(2), kept_PTH), own
+        return self.output(context_PATD.transpose(1, 2).flatten(2), x_PTH[:, :keep]), own
 
 
 class ImageProjection(nn.Module):
-    """Image features -> keys and values of one cross-attention; a module of its own, so that it runs once an image."""
+    """Image features -> keys and values of one cross-attention; `QFormer.look` asks those of all layers at once."""
 
-    def __init__(self, image_width: int, hidden_size: int, num_heads: int) -> None:
+    def __init__(self, image_width: int, hidden_size: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
         self.key = nn.Linear(image_width, hidden_size)
         self.value = nn.Linear(image_width, hidden_size)
-
-    def forward(self, image_BMW: Tensor) -> KeyValue:
-        """-> (key_BAMD, value_BAMD)"""
-        return split_heads(self.key(image_BMW), self.num_heads), split_heads(self.value(image_BMW), self.num_heads)
 
 
 class CrossAttention(nn.Module):
@@ -121,21 +129,18 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.num_heads, self.attention_dropout = num_heads, dropout
         self.query = nn.Linear(hidden_size, hidden_size)
-        self.image = ImageProjection(image_width, hidden_size, num_heads)
+        self.image = ImageProjection(image_width, hidden_size)
         self.output = AttentionOutput(hidden_size, hidden_size, dropout, eps)
 
     def forward(self, query_PQH: Tensor, memories: Sequence[tuple[KeyValue, int]]) -> Tensor:
         """Pairs are ordered memory by memory; those that share an image become one longer row of queries."""
         num_queries = query_PQH.shape[1]
-        projected_PQH = self.query(query_PQH)
         dropout = self.attention_dropout if self.training else 0.0
-        contexts, start = [], 0
-        for (key_BAMD, value_BAMD), uses in memories:
-            num_images = len(key_BAMD)
-            rows = projected_PQH[start : start + uses * num_images]
-            start += uses * num_images
+        parts = self.query(query_PQH).split([uses * len(key_BAMD) for (key_BAMD, _), uses in memories])
+        contexts = []
+        for rows, ((key_BAMD, value_BAMD), uses) in zip(parts, memories, strict=True):
             # (uses * B, Q, H) -> (B, A, uses * Q, D), and back
-            heads = rows.unflatten(0, (uses, num_images)).unflatten(-1, (self.num_heads, -1))
+            heads = rows.unflatten(0, (uses, -1)).unflatten(-1, (self.num_heads, -1))
             asked = heads.permute(1, 3, 0, 2, 4).flatten(2, 3)
             context = F.scaled_dot_product_attention(asked, key_BAMD, value_BAMD, dropout_p=dropout)
             context = context.unflatten(2, (uses, num_queries)).permute(2, 0, 3, 1, 4)
@@ -186,15 +191,14 @@ class Layer(nn.Module):
     ) -> tuple[Tensor, KeyValue]:
         """The first `num_query_tokens` of T are queries, the rest is text; either may be none."""
         x_PTH, own = self.self_attention(x_PTH, mask, past, keep)
-        query_PQH, text_PLH = x_PTH[:, :num_query_tokens], x_PTH[:, num_query_tokens:]
-        parts = []
-        if query_PQH.shape[1]:
-            if self.cross_attention is not None:
-                query_PQH = self.cross_attention(query_PQH, memories)
-            parts.append(self.query_feed_forward(query_PQH))
-        if text_PLH.shape[1]:
-            parts.append(self.text_feed_forward(text_PLH))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)), own
+        num_text = x_PTH.shape[1] - num_query_tokens
+        if not num_query_tokens:
+            return self.text_feed_forward(x_PTH), own
+        query_PQH, *text = x_PTH.split([num_query_tokens, num_text], dim=1) if num_text else [x_PTH]
+        if self.cross_attention is not None:
+            query_PQH = self.cross_attention(query_PQH, memories)
+        query_PQH = self.query_feed_forward(query_PQH)
+        return (torch.cat([query_PQH, *map(self.text_feed_forward, text)], dim=1) if text else query_PQH), own
 
 
 class TextEmbedding(nn.Module):
@@ -301,7 +305,8 @@ class QFormer(nn.Module):
 
     def look(self, image_BMW: Tensor) -> ImageMemory:
         """What the queries will see of each image: every layer's cross-attention keys and values, projected once."""
-        return ImageMemory(tuple(attention.image(image_BMW) for attention in self.looking()))
+        maps = [each for attention in self.looking() for each in (attention.image.key, attention.image.value)]
+        return ImageMemory(joint_linear(image_BMW, maps), self.hidden_size, self.num_heads)
 
     def see(self, memory: ImageMemory) -> tuple[Tensor, list[KeyValue]]:
         """Queries and image.  -> query_PQH, and each layer's self-attention keys and values, for `caption`."""
@@ -363,11 +368,13 @@ class QFormer(nn.Module):
         keep: int | None = None,
     ) -> tuple[Tensor, list[KeyValue]]:
         """`keep`: tokens whose outcome is wanted; the last layer computes no others (LAVIS computes and drops them)."""
+        mask = None if mask is None else attention_mask.as_bias(mask, compute_dtype(x_PTH))
         key_values, num_looked = [], 0
+        looked_at = [(memory.layers(), memory.uses) for memory in memories]
         for index, layer in enumerate(self.layers):
             seen: list[tuple[KeyValue, int]] = []
             if layer.cross_attention is not None:
-                seen = [(memory.layers[num_looked], memory.uses) for memory in memories]
+                seen = [(layers[num_looked], uses) for layers, uses in looked_at]
                 num_looked += 1
             x_PTH, own = layer(
                 x_PTH,

@@ -37,7 +37,7 @@ def test_weights_times_values_are_what_fused_attention_returns(qformer: QFormer)
     expected = list(contexts)
     weights = cross_attention_weights(qformer, memory)
     assert len(weights) == len(expected) == 2
-    for weight_BAQM, (_, value_BAMD), expected_BQH in zip(weights, memory.layers, expected, strict=True):
+    for weight_BAQM, (_, value_BAMD), expected_BQH in zip(weights, memory.layers(), expected, strict=True):
         assert weight_BAQM.shape == (2, 3, 5, 17)
         context_BQH = (weight_BAQM @ value_BAMD).transpose(1, 2).flatten(2)
         torch.testing.assert_close(context_BQH, expected_BQH, atol=1e-6, rtol=1e-5)

@@ -38,6 +38,15 @@ def test_masks_by_hand() -> None:
     assert attention_mask.text_after_query(text, 2).int().tolist() == [[expected]]
 
 
+def test_a_mask_as_it_is_added() -> None:
+    text = torch.tensor([[True, True, False], [True, False, False]])
+    bias = attention_mask.as_bias(attention_mask.text_after_query(text, 2), torch.bfloat16)
+    assert bias.shape == (2, 1, 3, 5) and bias.dtype == torch.bfloat16
+    assert (bias == 0).int().tolist() == attention_mask.text_after_query(text, 2).int().tolist()
+    assert (bias == float("-inf")).equal(bias != 0)
+    assert bias.stride()[-2:] == (8, 1), "the fused kernel on GPUs would copy it in every layer"
+
+
 def test_images_that_share_a_memory_are_read_as_if_each_had_its_own() -> None:
     model, batch = tiny_model(), random_batch(4)
     image = model.encode_image(batch.image_BCHW)
@@ -46,7 +55,8 @@ def test_images_that_share_a_memory_are_read_as_if_each_had_its_own() -> None:
     ids[4:8] = batch.text_ids_BL.flip(0)
     mask[4:8] = batch.text_mask_BL.flip(0)
     expected = model.match(image.select(torch.cat([torch.arange(4), torch.arange(4), hard_B])), ids, mask)
-    found = model.match_memories([image.memory.used(2), image.memory.select(hard_B)], ids, mask)
+    hard = image.memory.used(2).select(hard_B)  # whose images are used once again
+    found = model.match_memories([image.memory.used(2), hard], ids, mask)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
