@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.qformer import ImageMemory, QFormer, split_heads
+from model.image_memory import ImageMemory, split_heads
+from model.qformer import QFormer
 
 
 @torch.no_grad()

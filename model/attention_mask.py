@@ -12,6 +12,7 @@ The 1s in a mask's shape are the heads and, where every row sees the same, the r
       t . . . x x x          t x x x x x x            t x x x x x .
       t . . . x x x          t x x x x x x            t x x x x x x
 
+ITC's and ITG's share their query rows and leave one another alone, so training runs both as one pass (`apart`).
 Queries never hold padding, so ITC's query pass needs no mask; ITG's query rows are that same pass, whose keys and
 values the text rows reuse.  Padding is never attended to.
 """
@@ -38,6 +39,20 @@ def text_after_query(text_mask_PL: Tensor, num_query_tokens: int) -> Tensor:
     text_PLL = causal_LL & text_mask_PL[:, None, :]
     query_PLQ = text_PLL.new_ones(num_pairs, length, num_query_tokens)
     return torch.cat([query_PLQ, text_PLL], dim=2)[:, None]
+
+
+def apart(text_mask_PL: Tensor, num_query_tokens: int, *, caption: bool) -> Tensor:
+    """ITC's passes and ITG's in one, of queries, caption (if there is one) and text: queries see queries, the caption
+    what `text_after_query` says, the text itself.  (P, L) bool -> (P, 1, T, T) with T = Q + 2L, or Q + L."""
+    num_pairs, length = text_mask_PL.shape
+    text = num_query_tokens + length * caption  # where it begins
+    seen_TT = torch.zeros(text + length, text + length, dtype=torch.bool, device=text_mask_PL.device)
+    seen_TT[:text, :text] = True
+    seen_TT[:text, num_query_tokens:text].tril_(-num_query_tokens)
+    seen_TT[text:, text:] = True
+    always_PQ = text_mask_PL.new_ones(num_pairs, num_query_tokens)
+    real_PT = torch.cat([always_PQ, *[text_mask_PL] * (1 + caption)], dim=1)
+    return (seen_TT & real_PT[:, None])[:, None]
 
 
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,8 +16,9 @@ from annotated_types import Gt
 from torch import Tensor, nn
 
 from data.batch import ImageTextBatch
+from model.image_memory import ImageMemory, KeyValue
 from model.passes import Pass
-from model.qformer import Count, ImageMemory, KeyValue, QFormer
+from model.qformer import Count, QFormer
 
 
 class VisionEncoder(Protocol):
@@ -61,10 +62,14 @@ class ImageFeatures:
 
 @dataclass(frozen=True)
 class Seen:
-    """The passes that all objectives of stage one share."""
+    """What the objectives of stage one share; see `ImageFeatures`."""
 
-    image: ImageFeatures
+    encoded_BMW: Tensor
+    memory: ImageMemory
+    query_BQH: Tensor
+    query_BQE: Tensor
     text_BE: Tensor
+    caption_BLH: Tensor  # after a generation token, for `vocabulary_logits`; of no tokens where it was not asked for
 
 
 class _ClampInward(torch.autograd.Function):
@@ -132,10 +137,15 @@ class ImageTextModel(nn.Module):
 
     # ---------------------------------------------------------------------------------- what the losses are made of
 
-    def look(self, batch: ImageTextBatch) -> Seen:
-        """The passes all objectives share: queries with image, text alone."""
-        image = self.encode_image(batch.image_BCHW)
-        return Seen(image, self.encode_text(batch.text_ids_BL, batch.text_mask_BL))
+    def look(self, batch: ImageTextBatch, *, caption: bool = True) -> Seen:
+        """Queries with image, text alone and, if asked for, the caption: all that the objectives share, in one pass."""
+        ids_BL, mask_BL = batch.text_ids_BL, batch.text_mask_BL
+        encoded_BMW = self.vision(batch.image_BCHW)
+        memory = self.remember(encoded_BMW)
+        caption_ids_BL = torch.cat([batch.bos_id_B[:, None], ids_BL[:, 1:]], dim=1) if caption else None
+        query_BQH, first_BH, caption_BLH = self.qformer.see_read_caption(memory, ids_BL, mask_BL, caption_ids_BL)
+        query_BQE, text_BE = self._embed(self.vision_proj, query_BQH), self._embed(self.text_proj, first_BH)
+        return Seen(encoded_BMW, memory, query_BQH, query_BQE, text_BE, caption_BLH)
 
     def encode_image(self, image_BCHW: Tensor) -> ImageFeatures:
         """Pixels (uint8, or normalised floating point) -> all that later passes need of the images."""
@@ -212,14 +222,13 @@ class ImageTextModel(nn.Module):
 
         queries = qformer.num_query_tokens
         together = queries + text_length
-        see = passing(queries, queries, kept=queries)
-        read = passing(text_length, text_length, kept=1)
+        all_tokens = queries + 2 * text_length
+        see_read_caption = passing(all_tokens, all_tokens, kept=together + 1)
         match = 3 * passing(together, together, kept=queries)
-        caption = passing(text_length, together, kept=text_length)
         words = text_length * 2 * hidden * (hidden + qformer.vocab_size)
         looks = 4 * num_looking * cross_attention(queries)
         memory = num_looking * num_image_tokens * 4 * qformer.image_width * hidden
-        return 3 * (see + read + match + caption + words + looks + memory)
+        return 3 * (see_read_caption + match + words + looks + memory)
 
     def _embed(self, projection: nn.Linear, x: Tensor) -> Tensor:
         # fp32 under autocast too: divided by a temperature of 0.07, bf16 similarities come in steps of 0.045.

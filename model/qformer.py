@@ -2,10 +2,10 @@
 
 A post-norm BERT whose self-attention is shared by queries and text, whose feed-forward is not, and whose queries look
 at the image in every second layer.  Four named passes: `see` (queries, image), `read` (text alone), `match` (queries,
-image and text together) and `caption` (text after queries).  The arithmetic is LAVIS's (`blip2_models/Qformer.py`);
-what differs changes no number: fused attention, maps of one input are one product, an image's cross-attention keys and
-values are projected once by `look` and handed to every pass (LAVIS projects them four times a step), and the last layer
-computes only what is used.
+image and text together) and `caption` (text after queries); all but `match` in one for training, `see_read_caption`.
+The arithmetic is LAVIS's (`blip2_models/Qformer.py`); what differs changes no number: fused attention, maps of one
+input are one product, an image's cross-attention keys and values are projected once by `look` and handed to every pass
+(LAVIS projects them four times a step), and the last layer computes only what is used.
 
 Shape letters   B = images   P = image-text pairs   Q = query tokens   L = caption length   T = any tokens
                 H = hidden size   W = image width   M = image tokens   A = heads   D = H / A   V = vocabulary
@@ -14,7 +14,6 @@ Shape letters   B = images   P = image-text pairs   Q = query tokens   L = capti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
 
@@ -25,46 +24,11 @@ from torch import Tensor, nn
 
 from model import attention_mask
 from model.autocast import compute_dtype
+from model.image_memory import ImageMemory, KeyValue, split_heads
 from model.joint_linear import joint_linear
-
-KeyValue = tuple[Tensor, Tensor]  # key_PATD, value_PATD
 
 Count = Annotated[int, Ge(1)]  # a config is held to it before anything is loaded
 INITIAL_STD = 0.02  # BERT's, for every weight that no checkpoint brings
-
-
-@dataclass(frozen=True)
-class ImageMemory:
-    """The cross-attention keys and values of some images, of all layers that look, as they come from one product.
-
-    `uses` pairs share each image: pair u * B + b looks at image b.  So the true pair and the hard-text pair of ITM read
-    the same memory without a copy.
-    """
-
-    key_value_BMK: Tensor  # K: each layer's key, then its value, then the next layer's
-    hidden_size: int
-    num_heads: int
-    uses: int = 1
-
-    def __len__(self) -> int:
-        return len(self.key_value_BMK)
-
-    def layers(self) -> list[KeyValue]:
-        """(key_BAMD, value_BAMD) of each layer that looks"""
-        heads = [split_heads(x_BMH, self.num_heads) for x_BMH in self.key_value_BMK.split(self.hidden_size, dim=-1)]
-        return list(zip(heads[0::2], heads[1::2], strict=True))
-
-    def select(self, image_index_P: Tensor) -> ImageMemory:
-        """The memory of the images named, one for each pair."""
-        return replace(self, key_value_BMK=self.key_value_BMK.index_select(0, image_index_P), uses=1)
-
-    def used(self, times: int) -> ImageMemory:
-        return replace(self, uses=times)
-
-
-def split_heads(x_PTH: Tensor, num_heads: int) -> Tensor:
-    """-> x_PATD"""
-    return x_PTH.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 class AttentionOutput(nn.Module):
@@ -109,6 +73,7 @@ class SelfAttention(nn.Module):
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         dropout = self.attention_dropout if self.training else 0.0
+        mask = mask if mask is None or mask.shape[2] == 1 else mask[:, :, : query.shape[2]]
         context_PATD = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         return self.output(context_PATD.transpose(1, 2).flatten(2), x_PTH[:, :keep]), own
 
@@ -337,6 +302,24 @@ class QFormer(nn.Module):
         """
         mask = attention_mask.text_after_query(text_mask_PL, self.num_query_tokens)
         return self._run(self._embed(text_ids_PL), num_query_tokens=0, mask=mask, past=past)[0]
+
+    def see_read_caption(
+        self, memory: ImageMemory, text_ids_PL: Tensor, text_mask_PL: Tensor, caption_ids_PL: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`see`, `read` and `caption` as one pass, whose mask keeps them apart: half the kernels of a training step.
+
+        -> query_PQH, text_PH of the first token alone, caption_PLH (of no tokens where no captions are given)
+        """
+        num_queries, length = self.num_query_tokens, text_ids_PL.shape[1]
+        ids = [text_ids_PL] if caption_ids_PL is None else [caption_ids_PL, text_ids_PL]
+        words = self.embedding(torch.cat(ids)).chunk(len(ids))
+        x_PTH = torch.cat([self.query_tokens(len(text_ids_PL)), *words], dim=1)
+        x_PTH = self.embedding_dropout(self.embedding_norm(x_PTH))
+        mask = attention_mask.apart(text_mask_PL, num_queries, caption=len(ids) == 2)
+        kept = [num_queries, length * (len(ids) - 1), 1]
+        x_PTH, _ = self._run(x_PTH, num_query_tokens=num_queries, mask=mask, memories=[memory], keep=sum(kept))
+        query_PQH, caption_PLH, first_P1H = x_PTH.split(kept, dim=1)
+        return query_PQH, first_P1H[:, 0], caption_PLH
 
     def next_word(self, past: Sequence[KeyValue], text_id_P: Tensor, position: int) -> tuple[Tensor, list[KeyValue]]:
         """`caption` word by word.  -> text_PH, and `past` with this word's keys and values in it"""

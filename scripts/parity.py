@@ -108,8 +108,8 @@ def stage_one_rank(folder: Path, config: dict[str, Any], ranks: Ranks) -> dict[s
 
     with torch.no_grad():
         tensors = {
-            "image_embeds": model.ln_vision(seen.image.encoded_BMW),
-            "query_output": seen.image.query_BQH,
+            "image_embeds": model.ln_vision(seen.encoded_BMW),
+            "query_output": seen.query_BQH,
             "sim_i2t": contrast.sim_i2t_BN,
             "sim_t2i": contrast.sim_t2i_BN,
             "itm_logits": match_candidates(model, batch, seen, ranks, *negatives),

@@ -30,12 +30,35 @@ def test_captioning_from_the_cache_is_the_joint_pass_with_the_unilm_mask() -> No
     torch.testing.assert_close(found[batch.text_mask_BL], expected[batch.text_mask_BL], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("caption", [True, False])
+def test_one_pass_is_what_three_are(caption: bool) -> None:
+    model, batch = tiny_model(), random_batch(5)
+    image = model.encode_image(batch.image_BCHW)
+    seen = model.look(batch, caption=caption)
+    torch.testing.assert_close(seen.query_BQE, image.query_BQE, atol=1e-5, rtol=1e-5)
+    expected = model.encode_text(batch.text_ids_BL, batch.text_mask_BL)
+    torch.testing.assert_close(seen.text_BE, expected, atol=1e-5, rtol=1e-5)
+    if not caption:
+        assert seen.caption_BLH.shape[1] == 0
+        return
+    ids_BL = torch.cat([batch.bos_id_B[:, None], batch.text_ids_BL[:, 1:]], dim=1)
+    expected = model.caption(image, ids_BL, batch.text_mask_BL)
+    real = batch.text_mask_BL
+    torch.testing.assert_close(seen.caption_BLH[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
 def test_masks_by_hand() -> None:
     text = torch.tensor([[True, True, False]])
     assert attention_mask.text_alone(text).int().tolist() == [[[[1, 1, 0]]]]
     assert attention_mask.query_with_text(text, 2).int().tolist() == [[[[1, 1, 1, 1, 0]]]]
     expected = [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]
     assert attention_mask.text_after_query(text, 2).int().tolist() == [[expected]]
+    read = [[0, 0, 0, 0, 0, 1, 1, 0]] * 3
+    queries = [[1, 1, 0, 0, 0, 0, 0, 0]] * 2
+    apart = [*queries, *([*row, 0, 0, 0] for row in expected), *read]
+    assert attention_mask.apart(text, 2, caption=True).int().tolist() == [[apart]]
+    apart = [*queries, *read]
+    assert attention_mask.apart(text, 2, caption=False).int().tolist() == [[[row[:2] + row[5:] for row in apart]]]
 
 
 def test_a_mask_as_it_is_added() -> None:

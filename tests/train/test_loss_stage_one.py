@@ -114,7 +114,8 @@ def test_generation_loss_is_lavis_shifted_cross_entropy() -> None:
     seen = model.look(batch)
     ids_BL = batch.text_ids_BL.clone()
     ids_BL[:, 0] = batch.bos_id_B
-    logits_BLV = model.vocabulary_logits(model.caption(seen.image, ids_BL, batch.text_mask_BL))
+    image = model.encode_image(batch.image_BCHW)
+    logits_BLV = model.vocabulary_logits(model.caption(image, ids_BL, batch.text_mask_BL))
     labels_BL = ids_BL.masked_fill(~batch.text_mask_BL, -100)
     expected = F.cross_entropy(
         logits_BLV[:, :-1].flatten(0, 1), labels_BL[:, 1:].flatten(), ignore_index=-100, label_smoothing=0.1
@@ -180,6 +181,14 @@ def test_weights_scale_and_a_missing_loss_is_not_computed() -> None:
     double = tiny_stage(losses=StageOneLoss(itc=ImageTextContrastive(weight=2.0)))(batch).losses
     assert plain.keys() == {"itc"}
     torch.testing.assert_close(double["itc"], 2 * plain["itc"])
+
+
+def test_no_caption_is_read_where_none_is_learned() -> None:
+    stage, lengths = tiny_stage(losses=StageOneLoss(itc=ImageTextContrastive())), []
+    stage.model.qformer.layers[0].register_forward_pre_hook(lambda _, x: lengths.append(x[0].shape[1]))
+    batch = random_batch(4)
+    stage(batch)
+    assert lengths == [stage.model.qformer.num_query_tokens + batch.text_length]
 
 
 def test_another_step_draws_other_negatives() -> None:

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from model.image_memory import ImageMemory
 from model.image_text import ImageTextModel
-from model.qformer import ImageMemory
 from train.distributed import Ranks
 from train.evaluator import in_step
 from train.evaluator.pool import Pool

@@ -130,7 +130,7 @@ def compare(
     """What ITC and ITM share.  `full` lets the gradient through the gather, so that a global batch trains the same
     model on any number of ranks; `anchor` is LAVIS, whose gathered features are constants."""
     gather = {"full": ranks.gather, "anchor": ranks.gather_constant}[itc_gather]
-    query_NQE, text_NE = gather(seen.image.query_BQE), gather(seen.text_BE)
+    query_NQE, text_NE = gather(seen.query_BQE), gather(seen.text_BE)
     temperature = model.temperature()
     own_column_B = ranks.own_rows(len(batch), text_NE.device)
     if mask_duplicates:
@@ -141,7 +141,7 @@ def compare(
         same_BN = F.one_hot(own_column_B, len(text_NE)).bool()
         num_with_negatives = torch.tensor(len(text_NE) if len(text_NE) > 1 else 0, device=text_NE.device)
     return Contrast(
-        sim_i2t_BN=query_text_similarity(seen.image.query_BQE, text_NE) / temperature,
+        sim_i2t_BN=query_text_similarity(seen.query_BQE, text_NE) / temperature,
         sim_t2i_BN=query_text_similarity(query_NQE, seen.text_BE).T / temperature,
         own_column_B=own_column_B,
         same_BN=same_BN,
@@ -225,15 +225,15 @@ def match_candidates(
     travel back to a frozen encoder.
     """
     if ranks.count == 1:
-        hard_memory = seen.image.memory.select(hard_image_B)
+        hard_memory = seen.memory.select(hard_image_B)
     else:
-        hard_memory = model.remember(ranks.fetch_rows(seen.image.encoded_BMW, hard_image_B))
+        hard_memory = model.remember(ranks.fetch_rows(seen.encoded_BMW, hard_image_B))
     ids_BL, mask_BL = batch.text_ids_BL, batch.text_mask_BL
     ids_mask_N2L = ranks.gather_constant(torch.stack([ids_BL, mask_BL.long()], dim=1))
     hard_ids_BL, hard_mask_BL = ids_mask_N2L[hard_text_B].unbind(dim=1)
     # One memory serves two blocks of pairs, so these come first here; the true pair leads the result.
     logits_P2 = model.match_memories(
-        [seen.image.memory.used(2), hard_memory],
+        [seen.memory.used(2), hard_memory],
         torch.cat([ids_BL, hard_ids_BL, ids_BL]),
         torch.cat([mask_BL, hard_mask_BL.bool(), mask_BL]),
     )
@@ -251,17 +251,15 @@ class ImageGroundedTextGeneration:
     normalise: Literal["global", "rank"] = "global"
 
     def __call__(self, model: ImageTextModel, batch: ImageTextBatch, seen: Seen, ranks: Ranks) -> LossValue:
-        ids_BL = torch.cat([batch.bos_id_B[:, None], batch.text_ids_BL[:, 1:]], dim=1)
-        hidden_BLH = model.caption(seen.image, ids_BL, batch.text_mask_BL)
         # Logits only where a token is to be predicted; their number is known on the host, so nothing waits for the GPU.
         is_target = batch.text_mask_BL[:, 1:].flatten()
         num_targets = batch.num_target_tokens
         target_T = (~is_target).to(torch.uint8).argsort(stable=True)[:num_targets]
-        logits_TV = model.vocabulary_logits(hidden_BLH[:, :-1].flatten(0, 1)[target_T])
+        logits_TV = model.vocabulary_logits(seen.caption_BLH[:, :-1].flatten(0, 1)[target_T])
         token_T = image_grounded_text_generation(
-            logits_TV, ids_BL[:, 1:].flatten()[target_T], label_smoothing=self.label_smoothing
+            logits_TV, batch.text_ids_BL[:, 1:].flatten()[target_T], label_smoothing=self.label_smoothing
         )
-        row_T = target_T // (ids_BL.shape[1] - 1)
+        row_T = target_T // (batch.text_length - 1)
         sum_B = token_T.new_zeros(len(batch)).index_add(0, row_T, token_T)
         count_B = batch.text_mask_BL[:, 1:].sum(dim=1).float()
         if self.normalise == "rank":
@@ -288,7 +286,7 @@ class StageOneLoss:
         self, model: ImageTextModel, batch: ImageTextBatch, ranks: Ranks
     ) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor, Tensor]]]:
         """-> (weighted losses by name, report)"""
-        seen = model.look(batch)
+        seen = model.look(batch, caption=self.itg is not None)
         values: dict[str, LossValue] = {}
         weights: dict[str, float] = {}
         if self.itc is not None or self.itm is not None:
