@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from data.batch import IGNORED, Dialogue, EncodedDialogue, Turn
+from model.attention_mask import as_bias
 from model.autocast import compute_dtype
 from model.llm.base import LanguageModel
-from model.llm.chatglm_block import as_bias, rotation
+from model.llm.chatglm_block import rotation
 from model.llm.dialogue import fit, said
 from model.llm.pieces import Pieces
 

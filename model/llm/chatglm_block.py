@@ -90,13 +90,3 @@ def attend(attention: Any, x_BLD: Tensor, mask: Tensor | None, cos_sin: Tensor, 
         key_BASE, value_BASE = all_keys[:, :, :end], all_values[:, :, :end]
     context_BALE = F.scaled_dot_product_attention(query_BALE, key_BASE, value_BASE, attn_mask=mask)
     return attention.dense(context_BALE.transpose(1, 2).flatten(2))
-
-
-def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as attention adds it, 0 or -inf: made once for all blocks, where each would make its own.
-
-    Rows begin at multiples of 8 numbers: the fused kernel would copy others so, in every block.
-    """
-    rows, length = mask.shape[:-1], mask.shape[-1]
-    bias = torch.zeros(*rows, -(-length // 8) * 8, dtype=dtype, device=mask.device)[..., :length]
-    return bias.masked_fill_(~mask, float("-inf"))

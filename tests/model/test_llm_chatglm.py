@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from data.batch import IGNORED, Dialogue, Turn
+from model.attention_mask import as_bias
 from model.llm import sat_network
 from model.llm.chatglm import SPECIAL, ChatGLM, ChatGLMCodec, positions, prefix_mask
-from model.llm.chatglm_block import as_bias, rotate, rotation
+from model.llm.chatglm_block import rotate, rotation
 from model.llm.pieces import train_pieces as train_pieces_of
 from model.weights.rows import head_by_head
 from tests.model.llm_common import codec_of, small_chatglm, train_pieces
