@@ -16,7 +16,8 @@ from torch import Tensor
 
 from model.weights import chatglm_folder, sat, visualglm, visualglm_convert
 from model.weights.checkpoint import open_folder
-from tests.model.test_weights_sat import CONFIG, change, chat_model, lora_tensors, with_lora
+from tests.model.test_sat_lora import lora_tensors, with_lora
+from tests.model.test_weights_sat import CONFIG, change, chat_model
 
 DENSE = "transformer.layers.0.attention.dense.weight"
 INV_FREQ = "transformer.layers.0.attention.rotary_emb.inv_freq"
