@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from train.config import build, from_command_line
 from train.failure import user_errors
-from train.loading import build_loader, build_sources, evenly
+from train.loading import build_evaluators, build_loader, build_sources, check_image_sizes, evenly
 
 
 def main() -> None:
@@ -21,13 +21,14 @@ def main() -> None:
     from train.run import finish, start, train
 
     with user_errors():
+        check_image_sizes(config)
         check_adapter(config)
         run = start(config)
         sources = build_sources(config)
         llm = build_llm(config, run, sources)
         loader = build_loader(config, run, sources, llm.codec)
         run.say(loader.table())
-        evaluators = [build(node, codec=llm.codec, name=name) for name, node in config.train.evaluator.items() if node]
+        evaluators = build_evaluators(config, llm.codec)
         warn_of_shared(sources, evaluators)
         stage = build_stage(config, run, llm)
         flops = stage.model.train_flops_per_sample

@@ -222,7 +222,8 @@ def report(folder: Path, config: DictConfig) -> dict[str, float]:
     from train.checkpoint import load_weights
     from train.config import build
     from train.distributed import Ranks
-    from train.pretrain import build_evaluators, build_stage
+    from train.loading import build_evaluators
+    from train.pretrain import build_stage
     from train.run import Run
 
     ranks, device = Ranks.alone(), torch.device("cpu")

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from train.config import build, from_command_line
 from train.failure import user_errors
-from train.loading import build_loader, build_sources, evenly
+from train.loading import build_evaluators, build_loader, build_sources, check_image_sizes, evenly
 
 
 def main() -> None:
@@ -20,6 +20,7 @@ def main() -> None:
     from train.run import finish, start, train
 
     with user_errors():
+        check_image_sizes(config)
         run = start(config)
         sources, codec, loader = build_data(config, run)
         evaluators = build_evaluators(config, codec)
@@ -78,10 +79,6 @@ def build_stage(config: DictConfig, run: Any, codec: Any) -> Any:
     model, report = assemble_image_text(config.model, codec, home_of_frozen(config, run), check)
     run.say(str(report))
     return Stage(model, build(config.train.loss), run.ranks)
-
-
-def build_evaluators(config: DictConfig, codec: Any) -> list[Any]:
-    return [build(node, codec=codec, name=name) for name, node in config.train.evaluator.items()]
 
 
 def flops_counter(model: Any) -> Callable[[Any], float]:

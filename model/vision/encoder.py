@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -256,15 +256,11 @@ def vision_from_folder(
     """
     path = Path(folder).expanduser()
     config = _vision_config(path, num_layers)
-    size = image_size or getattr(config, "image_size", None)
-    if isinstance(size, list | tuple):
-        size = size[0]
-    if not size:
-        raise ValueError(f"{path}/config.json names no image_size: give model.vision.image_size")
+    size = image_size or _size_in(path, config)
     mean, std = _pixel_statistics(path, pixel_mean, pixel_std)
     encoder = ImageEncoder(
         _load(path, config) if load else _auto_model().from_config(config, attn_implementation="sdpa"),
-        image_size=int(size),
+        image_size=size,
         frozen=frozen,
         dtype=dtype,
         ln_eps=ln_eps,
@@ -274,6 +270,25 @@ def vision_from_folder(
     )
     encoder.loaded_from = str(path) if load else None
     return encoder
+
+
+def image_size_of(node: Mapping[str, Any]) -> int:
+    """Pixels of a side that the encoder of a config's node will take; of a folder only its config.json is read."""
+    if node.get("image_size"):
+        return int(node["image_size"])
+    if "folder" not in node:
+        return int(inspect.signature(eva_vit).parameters["image_size"].default)
+    path = Path(node["folder"]).expanduser()
+    return _size_in(path, _vision_config(path, None))
+
+
+def _size_in(path: Path, config: Any) -> int:
+    size = getattr(config, "image_size", None)
+    if isinstance(size, list | tuple):
+        size = size[0]
+    if not size:
+        raise ValueError(f"{path}/config.json names no image_size: give model.vision.image_size")
+    return int(size)
 
 
 def _vision_config(path: Path, num_layers: int | None) -> Any:

@@ -1,4 +1,4 @@
-"""What a config gets wrong about adapters and learning rates is told before any file of weights is opened."""
+"""What a config gets wrong about adapters, learning rates and sizes is told before any file of weights is opened."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig
 
 import finetune
 from tests.model.llm_common import small_chatglm, train_pieces
 from train import pretrain
 from train.config import compose
 from train.distributed import Ranks
+from train.loading import build_evaluators, check_image_sizes
 
 RUN = SimpleNamespace(device=torch.device("cpu"), ranks=Ranks.alone(), say=lambda text: None)
 ABSENT = "/nowhere/weights"
@@ -77,3 +79,37 @@ def test_stage_one(overrides: list[str], expected: str) -> None:
     config = compose("pretrain", ["experiment=smoke", f"model.weights.all={ABSENT}", *overrides])
     with pytest.raises(ValueError, match=expected):
         pretrain.build_stage(config, RUN, SimpleNamespace(vocab_size=99, pad_id=0))
+
+
+@pytest.mark.parametrize(("main", "experiment"), [(pretrain.main, "smoke"), (finetune.main, "smoke_stage_two")])
+def test_pictures_of_another_size_than_the_encoders_leave_nothing_behind(
+    main: Any, experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["model.vision.image_size=56", "data.transform.image_size=70", f"run.dir={tmp_path / 'run'}"]
+    monkeypatch.setattr("sys.argv", ["x", f"experiment={experiment}", *words])
+    with pytest.raises(SystemExit):
+        main()
+    told = capsys.readouterr().err
+    assert "data.transform.image_size is 70 and the image encoder (model.vision.image_size) takes" in told
+    assert "56 x 56 pixels" in told and not (tmp_path / "run").exists()
+
+
+def test_sizes_of_evaluators_and_of_a_folder_are_compared_too(tmp_path: Path) -> None:
+    CLIPVisionConfig(image_size=64).save_pretrained(tmp_path)  # and no weights
+    of_folder = ["model/vision=from_folder", f"model.vision.folder={tmp_path}", "~model.vision.num_layers"]
+    words = ["experiment=smoke", "train/evaluator=scenes", *of_folder]
+    check_image_sizes(compose("pretrain", words))
+    with pytest.raises(
+        ValueError, match=r"train\.evaluator\.retrieval\.transform\.image_size is 60 and .* 64 x 64 pix"
+    ):
+        check_image_sizes(compose("pretrain", [*words, "train.evaluator.retrieval.transform.image_size=60"]))
+    with pytest.raises(ValueError, match=r"data\.transform\.image_size is 64 and .* 32 x 32 pixels"):
+        check_image_sizes(compose("pretrain", [*words, "model.vision.image_size=32"]))
+    defaults = ["model/vision=eva_vit_g", "~model.vision.image_size", "data.transform.image_size=224"]
+    check_image_sizes(compose("pretrain", ["experiment=smoke", *defaults]))
+
+
+def test_an_evaluator_set_to_null_is_none_in_stage_one_too() -> None:
+    config = compose("pretrain", ["experiment=smoke", "train/evaluator=scenes", "train.evaluator.caption=null"])
+    codec = SimpleNamespace(vocab_size=99, pad_id=0)
+    assert [evaluator.name for evaluator in build_evaluators(config, codec)] == ["retrieval"]
