@@ -46,6 +46,7 @@ from model.weights.filling import Home, Part, fill, send_home
 from train.config import build, compose
 from train.distributed import Ranks
 from train.engine import Engine, resolve_precision, store_frozen
+from train.loading import padding_multiple
 from train.run import Run, make_engine, own_device
 from train.stage import Stage
 from train.tracking import peak_tflops
@@ -145,6 +146,7 @@ def batches(variant: Variant, config: DictConfig, *, steps: int) -> list[list[Di
     length, as the loader does (`data/length_groups.py`)."""
     per_step = variant.batch_size * variant.accumulate
     special = dict(config.model.llm.ids)
+    multiple = padding_multiple(config, "cuda") or 1
     image_tokens, image_size = config.model.qformer.num_query_tokens, config.model.vision.image_size
     rows = samples(steps * per_step, special=special, image_tokens=image_tokens, length=variant.length)
     if variant.padded is None:
@@ -168,7 +170,7 @@ def batches(variant: Variant, config: DictConfig, *, steps: int) -> list[list[Di
                 languages=("zh",),
                 micro_step=number,
                 num_micro_steps=variant.accumulate,
-                pad_to_multiple_of=config.data.loader.pad_to_multiple_of,
+                pad_to_multiple_of=multiple,
             )
             micro.append(batch if variant.padded is None else padded(batch, variant.padded, special["pad"]))
         tokens = sum(batch.num_target_tokens for batch in micro)

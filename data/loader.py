@@ -172,8 +172,8 @@ class DialogueLoader(StepLoader):
             is left out; False trains the last.
         group_steps: over how many steps rows are sorted by length, and the mixture holds; 1 keeps the plan's rows in
             each step.
-        pad_to_multiple_of: a micro-batch is padded to its longest row, rounded up to this: few lengths, so that CUDA
-            graphs recorded for one (`train/replay.py`) serve many.
+        pad_to_multiple_of: a micro-batch is padded to its longest row, rounded up to this (None: 1): few lengths, so
+            that CUDA graphs recorded for one (`train/cuda_graphs.py`) serve many.
         others: see `StepLoader`.
 
     Raises:
@@ -187,7 +187,7 @@ class DialogueLoader(StepLoader):
     max_answer_tokens: int | None = None
     draw_answer: bool = True
     group_steps: int = 8
-    pad_to_multiple_of: int = 1
+    pad_to_multiple_of: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("max_tokens", self.max_tokens), ("max_answer_tokens", self.max_answer_tokens)):
@@ -195,7 +195,7 @@ class DialogueLoader(StepLoader):
                 raise ValueError(f"data.loader.{name} is {value}; expected tokens, 1 or more")
         if self.group_steps < 1:
             raise ValueError(f"data.loader.group_steps is {self.group_steps}; expected steps, 1 or more")
-        if self.pad_to_multiple_of < 1:
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
             raise ValueError(
                 f"data.loader.pad_to_multiple_of is {self.pad_to_multiple_of}; expected tokens, 1 for no rounding"
             )
@@ -220,7 +220,7 @@ class DialogueLoader(StepLoader):
             self.rank,
             self.num_ranks,
             self.draw_answer,
-            self.pad_to_multiple_of,
+            self.pad_to_multiple_of or 1,
         )
 
     def table(self) -> str:

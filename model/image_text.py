@@ -131,7 +131,7 @@ class ImageTextModel(nn.Module):
         self.itm_head = nn.Linear(qformer.hidden_size, 2)
         self.temperature = Temperature(temperature, temperature_min, temperature_max)
 
-    def replayable(self) -> list[Pass]:
+    def recordable(self) -> list[Pass]:
         """See `model.passes`."""
         return [Pass(self.vision, "forward", (self.vision,))] if self.vision.frozen else []
 

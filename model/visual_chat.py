@@ -104,7 +104,7 @@ class VisualChatModel(nn.Module):
         logits_TV = self.llm.logits(hidden_BLD[:, :-1].flatten(0, 1)[target_T])
         return Prediction(logits_TV, label_S[target_T], target_T // (batch.text_length - 1))
 
-    def replayable(self) -> list[Pass]:
+    def recordable(self) -> list[Pass]:
         """See `model.passes`."""
         found = [Pass(self, "look", (self.vision, self.ln_vision, self.qformer))]
         # blocks that drew random numbers are recomputed with them, and only the host can remember those

@@ -203,10 +203,15 @@ def test_the_experiment_composes_and_every_key_it_names_exists(tmp_path: Path) -
         settings = set(re.findall(r"`((?:run|train|data|model)\.[\w.]+=\w+)`", text))
         assert len(settings) >= 4
         own = {setting for setting in settings if setting.startswith("data.source.mine.")}  # of a fine-tuning
-        compose("pretrain", ["experiment=mine", *sorted(settings - own)], config_dir=configs)
-        assert own
-        tried = ["experiment=finetune/try_out", "data.source.mine.path=x"]
-        compose("finetune", [*tried, *sorted(own)], config_dir=configs)
+        large = {setting for setting in settings if setting.startswith("model.llm.")}  # of one of VisualGLM
+        compose("pretrain", ["experiment=mine", *sorted(settings - own - large)], config_dir=configs)
+        assert own and large
+        compose(
+            "finetune", ["experiment=finetune/try_out", "data.source.mine.path=x", *sorted(own)], config_dir=configs
+        )
+        weights = ["model.weights.visualglm=x", "model.weights.qkv_order=per_head", "model.llm.tokenizer=x"]
+        tuned = ["experiment=finetune/visualglm_lora", "data.source.mine.path=x", *weights]
+        compose("finetune", [*tuned, *sorted(own | large)], config_dir=configs)
 
 
 def test_a_mistyped_key_would_be_noticed(tmp_path: Path) -> None:

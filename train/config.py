@@ -109,7 +109,9 @@ class TrainConfig:
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     clip_grad_norm: float = key(1.0, "2-norm the whole gradient is clipped to; 0 does not clip", least=0)
-    cuda_graphs: int = key(16, "micro-batches of at most so many rows run as recorded CUDA graphs; 0: never", least=0)
+    cuda_graphs: int = key(
+        16, "GPU: micro-batches of up to so many rows are recorded CUDA graphs; 0: none, and less memory", least=0
+    )
     loss: Any = key(None, "the objectives", free="target")
     optim: OptimConfig = key(OptimConfig, "AdamW and its schedule")
     engine: EngineConfig = key(EngineConfig, "DeepSpeed")

@@ -146,11 +146,6 @@ class Engine:
     def module(self) -> nn.Module:
         return self._engine.module
 
-    @property
-    def deepspeed_engine(self) -> Any:
-        """For tests and profilers."""
-        return self._engine
-
     def backward(self, loss: Tensor) -> None:
         """Once per micro-batch; gradients are reduced after the last of a step."""
         if self._micro_steps % self.accumulate:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from model.weights.filling import Home
-from train import replay
+from train import cuda_graphs
 from train.best import BestMetric
 from train.checkpoint import (
     Checkpoints,
@@ -250,8 +250,8 @@ def make_engine(config: DictConfig, run: Run, stage: nn.Module, precision: str) 
     )
     # ZeRO-3 gathers weights in hooks of their modules, into memory that is another's at the next step
     if device.type == "cuda" and engine.zero_stage < 3 and config.train.cuda_graphs:
-        replayed = replay.use(stage.model, max_rows=config.train.cuda_graphs)
-        run.say(f"as CUDA graphs, up to {config.train.cuda_graphs} rows: {', '.join(replayed) or 'nothing'}")
+        recorded = cuda_graphs.use(stage.model, max_rows=config.train.cuda_graphs)
+        run.say(f"as CUDA graphs, up to {config.train.cuda_graphs} rows: {', '.join(recorded) or 'nothing'}")
     return made
 
 

@@ -31,7 +31,6 @@ from model.llm.chatglm_block import rotation
 from model.llm.dialogue import fit, said
 from model.llm.pieces import Pieces
 
-ROTARY_BASE = 10000.0
 CHUNK = 256  # positions that a cache grows by: room for the longest answer would be mostly empty
 
 

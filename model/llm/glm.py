@@ -49,12 +49,17 @@ class Glm(LanguageModel):
     lora_targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj")
 
     def __init__(
-        self, network: nn.Module, *, codec: GlmCodec | None = None, checkpoint_activations: bool = False
+        self,
+        network: nn.Module,
+        *,
+        codec: GlmCodec | None = None,
+        checkpoint_activations: bool = False,
+        checkpoint_above: int = 0,
     ) -> None:
         super().__init__()
         self.network, self.codec = network, codec
         self.vocab_size, self.width = self.config.vocab_size, self.config.hidden_size
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpoint_activations, self.checkpoint_above = checkpoint_activations, checkpoint_above
 
     @property
     def config(self) -> Any:
@@ -103,7 +108,7 @@ class Glm(LanguageModel):
         cos, sin = rotation(position_BL, self.config, torch.get_autocast_dtype(on) if autocast else hidden_BLD.dtype)
         # whatever the mode: a frozen model is in eval mode, and the gradient still passes through it; and with adapters
         # on frozen embeddings, what comes in needs no gradient
-        recompute = self.checkpoint_activations and torch.is_grad_enabled()
+        recompute = torch.is_grad_enabled() and self.recomputes(hidden_BLD.shape[:2].numel())
         options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": recompute and self.draws}
         for index, layer in enumerate(self.layers):
             hidden_BLD, cos, sin, mask = self.on_layer_device(index, hidden_BLD, cos, sin, mask)
@@ -205,6 +210,7 @@ def glm(
     device: str = "cpu",
     initial_std: float | None = 0.02,
     checkpoint_activations: bool = False,
+    checkpoint_above: int = 0,
 ) -> Glm:
     """A model of any of the families; each family's file says what its `rope_ratio` means.
 
@@ -237,7 +243,12 @@ def glm(
         initial_std=initial_std or 0.0,
     )
     network = _network(config, dtype=dtype, device=device, random=initial_std is not None)
-    return Glm(network.requires_grad_(not frozen).eval(), codec=codec, checkpoint_activations=checkpoint_activations)
+    return Glm(
+        network.requires_grad_(not frozen).eval(),
+        codec=codec,
+        checkpoint_activations=checkpoint_activations,
+        checkpoint_above=checkpoint_above,
+    )
 
 
 def _network(config: Any, *, dtype: str, device: str, random: bool) -> Any:

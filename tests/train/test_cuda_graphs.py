@@ -17,17 +17,19 @@ from torch import Tensor
 from model.adapter import Lora
 from model.visual_chat import VisualChatModel
 from tests.tiny_chat import batch_of, rows_of, tiny_chat, train_pieces
-from train import replay
+from train import cuda_graphs
+from train.config import compose
+from train.cuda_graphs import RecordedPass
 from train.distributed import Ranks
+from train.loading import padding_multiple
 from train.loss.stage_two import StageTwoLoss
-from train.replay import Replayed
 from train.stage import Stage
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 STEPS: list[list[Sequence[int]]] = [[(0, 1), (2, 3)], [(2, 3), (0, 1)], [(4, 6), (0, 1)], [(5, 7), (5, 7)]]
 
 
-def again(run: Callable[[], None], owner: Replayed) -> Callable[[], Any]:
+def again(run: Callable[[], None], whole: RecordedPass) -> Callable[[], Any]:
     run()
     return run
 
@@ -76,7 +78,7 @@ def run_steps(model: VisualChatModel, device: str, *, bf16: bool) -> tuple[list[
 def test_the_same_losses_and_gradients(pieces: Path, device: str, sight: bool, recompute: bool, bf16: bool) -> None:
     expected = run_steps(adapted(pieces, device, sight=sight, recompute=recompute), device, bf16=bf16)
     model = adapted(pieces, device, sight=sight, recompute=recompute)
-    names = replay.use(model, max_rows=2, record=again if device == "cpu" else None)
+    names = cuda_graphs.use(model, max_rows=2, record=again if device == "cpu" else None)
     assert names == ["VisualChatModel.look", "ChatGLM.hidden"]
     losses, gradients = run_steps(model, device, bf16=bf16)
     assert losses == expected[0], "the same kernels"
@@ -91,7 +93,7 @@ def test_the_same_losses_and_gradients(pieces: Path, device: str, sight: bool, r
 
 def test_only_small_batches_and_only_for_training(pieces: Path) -> None:
     model = adapted(pieces, "cpu", sight=False)
-    replay.use(model, max_rows=2, record=again)
+    cuda_graphs.use(model, max_rows=2, record=again)
     hidden: Any = model.llm.hidden
     model.predict(batch_of(model))  # 8 rows
     with torch.no_grad():
@@ -103,7 +105,7 @@ def test_only_small_batches_and_only_for_training(pieces: Path) -> None:
 
 def test_a_second_pass_before_the_backward_one_is_refused(pieces: Path) -> None:
     model = adapted(pieces, "cpu", sight=False)
-    replay.use(model, max_rows=2, record=again)
+    cuda_graphs.use(model, max_rows=2, record=again)
     first, second = (model.predict(rows_of(batch_of(model), rows)).logits_TV.sum() for rows in ((0, 1), (2, 3)))
     second.backward()
     with pytest.raises(RuntimeError, match="train.cuda_graphs=0"):
@@ -112,7 +114,7 @@ def test_a_second_pass_before_the_backward_one_is_refused(pieces: Path) -> None:
 
 def test_weights_that_moved_are_recorded_anew() -> None:
     linear = torch.nn.Linear(1, 1, bias=False)
-    double = Replayed(linear.forward, [linear], max_rows=3, record=again)
+    double = RecordedPass(linear.forward, [linear], max_rows=3, record=again)
     for value in (2.0, 5.0):
         linear.weight.data = torch.tensor([[value]])
         assert double(torch.ones(2, 1)).tolist() == [[value], [value]]
@@ -120,12 +122,42 @@ def test_weights_that_moved_are_recorded_anew() -> None:
         assert recording.parameters[0].data_ptr() == linear.weight.data_ptr()
 
 
-def test_shapes_beyond_the_last_recording_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "MAX_SHAPES", 2)
-    double = Replayed(lambda x: x * 2, [], max_rows=9, record=again)
-    for rows in (1, 2, 3, 2):
+def test_shapes_beyond_the_last_recording_run_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "MAX_SHAPES", 2)
+    double = RecordedPass(lambda x: x * 2, [], max_rows=9, record=again)
+    for rows in (1, 2, 3, 2, 4):
         assert double(torch.ones(rows)).tolist() == [2.0] * rows
     assert len(double.recordings) == 2 and double.passes == 3
+    assert [record.message for record in caplog.records if "pad_to_multiple_of=32" in record.message] == [
+        caplog.records[0].message
+    ]
+
+
+def test_another_precision_is_another_recording() -> None:
+    linear = torch.nn.Linear(4, 4)
+    double = RecordedPass(linear.forward, [linear, linear], max_rows=3, record=again)
+    x = torch.ones(2, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert double(x).dtype == torch.bfloat16
+    assert double(x).dtype == torch.float32
+    assert len(double.recordings) == 2 and len(double.parameters) == 2, "what two modules share counts once"
+
+
+@pytest.mark.parametrize(
+    ("device", "overrides", "expected"),
+    [
+        ("cuda", [], 32),
+        ("cuda", ["train.cuda_graphs=0"], 1),
+        ("cpu", [], 1),
+        ("cpu", ["data.loader.pad_to_multiple_of=8"], 8),
+    ],
+)
+def test_lengths_are_few_where_there_are_graphs(device: str, overrides: list[str], expected: int) -> None:
+    config = compose("finetune", ["experiment=smoke_stage_two", *overrides])
+    assert padding_multiple(config, device) == expected
+    assert padding_multiple(compose("pretrain", ["experiment=smoke"]), device) is None
 
 
 @pytest.mark.gpu
@@ -134,7 +166,7 @@ def test_random_numbers_are_new_each_time_and_follow_the_seed() -> None:
     x = torch.ones(1000, device="cuda")
     expected = []
     for _ in range(2):
-        double = Replayed(torch.nn.functional.dropout, [], max_rows=1000)
+        double = RecordedPass(torch.nn.functional.dropout, [], max_rows=1000)
         torch.manual_seed(3)
         found = [double(x) for _ in range(3)]
         torch.manual_seed(3)
@@ -147,6 +179,6 @@ def test_random_numbers_are_new_each_time_and_follow_the_seed() -> None:
 
 @pytest.mark.gpu
 def test_what_cannot_be_recorded_is_named() -> None:
-    double = Replayed(lambda x: x * float(x.sum()), [], max_rows=3)  # asks the device
+    double = RecordedPass(lambda x: x * float(x.sum()), [], max_rows=3)  # asks the device
     with pytest.raises(RuntimeError, match="train.cuda_graphs=0"):
         double(torch.ones(2, device="cuda"))
