@@ -170,16 +170,14 @@ def eva_vit(
     therefore an identity here.  Weights start random (N(0, initial_std)); `model/weights/` fills them, and a narrow
     encoder from scratch wants about width ** -0.5.  With `initial_positions` sincos the learned position embeddings
     begin as waves over rows and columns (MAE, arXiv 2111.06377; plain ViT baselines, arXiv 2205.01580), so that
-    patches know their neighbours before anything is learned: it matters for short trainings from scratch.  On the
-    `device` meta nothing is drawn, and memory comes with the weights (`model.weights.filling.Home`).
+    patches know their neighbours from the start.  On the `device` meta nothing is drawn, and memory comes with the
+    weights (`model.weights.filling.Home`).
     """
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
     if image_size % patch_size or width % num_heads:
-        raise ValueError(
-            f"image_size {image_size} must be a multiple of patch_size {patch_size}, and width {width} of "
-            f"num_heads {num_heads}"
-        )
+        units = f"patch_size {patch_size}, and width {width} of num_heads {num_heads}"
+        raise ValueError(f"image_size {image_size} must be a multiple of {units}")
     config = Blip2VisionConfig(
         hidden_size=width,
         intermediate_size=mlp_width,
@@ -284,8 +282,7 @@ def image_size_of(node: Mapping[str, Any]) -> int:
 
 def _size_in(path: Path, config: Any) -> int:
     size = getattr(config, "image_size", None)
-    if isinstance(size, list | tuple):
-        size = size[0]
+    size = size[0] if isinstance(size, list | tuple) else size
     if not size:
         raise ValueError(f"{path}/config.json names no image_size: give model.vision.image_size")
     return int(size)
