@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,3 +14,4 @@ class Pass:
     owner: Any  # the module whose method it is
     method: str
     modules: tuple[Any, ...]  # whose parameters it reads, and perhaps trains
+    unless: Callable[..., bool] | None = None  # the same inputs -> whether the host has to take part after all

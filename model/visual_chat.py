@@ -106,11 +106,15 @@ class VisualChatModel(nn.Module):
 
     def recordable(self) -> list[Pass]:
         """See `model.passes`."""
-        found = [Pass(self, "look", (self.vision, self.ln_vision, self.qformer))]
-        # blocks that drew random numbers are recomputed with them, and only the host can remember those
-        if not (self.llm.checkpoint_activations and self.llm.draws):
-            found.append(Pass(self.llm, "hidden", (self.llm,)))
-        return found
+
+        def draws_again(embedded_BLD: Tensor, *_: Tensor) -> bool:
+            """Blocks that drew random numbers are recomputed with them, and only the host can remember those."""
+            return self.llm.recomputes(embedded_BLD.shape[:2].numel()) and self.llm.draws
+
+        return [
+            Pass(self, "look", (self.vision, self.ln_vision, self.qformer)),
+            Pass(self.llm, "hidden", (self.llm,), unless=draws_again),
+        ]
 
     def train_flops_per_sample(self, batch: DialogueBatch) -> float:
         """Of the arithmetic that training on such a batch does, recomputed blocks included (`model/flops.py`)."""

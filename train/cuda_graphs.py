@@ -37,7 +37,8 @@ def use(model: Any, *, max_rows: int, record: Recorder | None = None) -> list[st
     """
     found = []
     for one in getattr(model, "recordable", list)():
-        recorded = RecordedPass(getattr(one.owner, one.method), one.modules, max_rows=max_rows, record=record)
+        call = getattr(one.owner, one.method)
+        recorded = RecordedPass(call, one.modules, max_rows=max_rows, unless=one.unless, record=record)
         if sum(parameter.numel() for parameter in recorded.parameters) <= MAX_TRAINED:
             setattr(one.owner, one.method, recorded)
             found.append(f"{type(one.owner).__name__}.{one.method}")
@@ -53,6 +54,7 @@ class RecordedPass:
 
     Args:
         modules: all whose parameters `call` reads; those that train are fp32.
+        unless: says of which inputs there is to be no recording.
         record: runs a function once, -> one that does the same again; a CUDA graph (for tests: a plain call).
     """
 
@@ -62,9 +64,10 @@ class RecordedPass:
         modules: Sequence[nn.Module],
         *,
         max_rows: int,
+        unless: Callable[..., bool] | None = None,
         record: Recorder | None = None,
     ) -> None:
-        self.call, self.modules, self.max_rows = call, list(modules), max_rows
+        self.call, self.modules, self.max_rows, self.unless = call, list(modules), max_rows, unless
         every = {id(p): p for module in modules for p in module.parameters()}  # once, though modules share it
         self.every = list(every.values())
         self.parameters = [parameter for parameter in self.every if parameter.requires_grad]
@@ -78,6 +81,8 @@ class RecordedPass:
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if not torch.is_grad_enabled() or not 0 < len(inputs[0]) <= self.max_rows:
+            return self.call(*inputs)
+        if self.unless is not None and self.unless(*inputs):
             return self.call(*inputs)
         pointers = [parameter.data_ptr() for parameter in self.every]
         if pointers != self.pointers:  # a recording reads and writes addresses

@@ -103,6 +103,22 @@ def test_only_small_batches_and_only_for_training(pieces: Path) -> None:
     assert len(hidden.recordings) == 1
 
 
+def test_blocks_that_are_recomputed_with_their_random_numbers_are_not_recorded(pieces: Path) -> None:
+    """Only the host can remember those; what is kept, or draws nothing, is recorded."""
+    llm = {"hidden_size": 64, "inner_size": 128, "checkpoint_activations": True, "checkpoint_above": 100}
+    model = tiny_chat(pieces, llm=llm, train_qformer=False)
+    Lora(rank=2, dropout=0.5).attach(model, device=torch.device("cpu"))
+    model.train()
+    cuda_graphs.use(model, max_rows=2, record=again)
+    hidden: Any = model.llm.hidden
+    small, large = rows_of(batch_of(model), (1, 4)), rows_of(batch_of(model), (0, 5))
+    assert small.ids_BL.numel() <= 100 < large.ids_BL.numel()
+    model.predict(large)
+    assert not hidden.recordings
+    model.predict(small)
+    assert len(hidden.recordings) == 1
+
+
 def test_a_second_pass_before_the_backward_one_is_refused(pieces: Path) -> None:
     model = adapted(pieces, "cpu", sight=False)
     cuda_graphs.use(model, max_rows=2, record=again)
