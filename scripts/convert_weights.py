@@ -46,8 +46,8 @@ def convert_visualglm(args: argparse.Namespace) -> str:
 
 
 def convert_adapter(args: argparse.Namespace) -> str:
-    num_heads = sat.read_config(args.source)["num_attention_heads"]
-    adapter = sat_lora.read(sat.read_newest(args.source), num_heads=num_heads, alpha=args.alpha)
+    config, file = sat.read_config(args.source), sat.newest_file(args.source)
+    adapter = sat_lora.read(sat.read_module(file), config, alpha=args.alpha, file=file)
     sat_lora.write(adapter, args.target, base=args.base)
     return f"rank {adapter.rank} on layers {', '.join(map(str, adapter.layers))}"
 

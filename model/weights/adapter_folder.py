@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from model.adapter import NAME, inject
 from model.visual_chat import VisualChatModel
-from model.weights.checkpoint import examining, open_file, read_json
+from model.weights.checkpoint import Checkpoint, examining, open_file, read_json
 from model.weights.filling import LoadReport, Part, fill
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,8 @@ def read_peft(place: Path) -> tuple[Any, dict[str, Tensor]]:
     """What peft wrote: its config, and the tensors by the names of the wrapped network.
 
     Raises:
-        ValueError: a file is missing, damaged or holds NaN or infinity, or the adapter is of another kind than LoRA.
+        ValueError: a file is missing, damaged or holds NaN or infinity, a matrix has another rank than the config
+            says, or the adapter is of another kind than LoRA.
     """
     from peft import LoraConfig
 
@@ -131,9 +132,34 @@ def read_peft(place: Path) -> tuple[Any, dict[str, Tensor]]:
             raise ValueError(f"r is {config.r}; it has to be 1 or more")
     except (TypeError, ValueError) as error:
         raise ValueError(f"peft does not read {place / CONFIG} ({error})") from error
+    config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
     checkpoint = open_file(place / WEIGHTS)
+    _require_ranks(config, checkpoint)
     with examining():
         return config, {name.removeprefix(_PEFT): checkpoint.read(name) for name in checkpoint.shapes}
+
+
+def rank_and_alpha(config: Any, module: str) -> tuple[int, float]:
+    """Of one map: peft's config has them for all, and in patterns for those that differ."""
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = config.rank_pattern, config.alpha_pattern
+    rank = ranks.get(get_pattern_key(ranks, module), config.r)
+    return rank, alphas.get(get_pattern_key(alphas, module), config.lora_alpha)
+
+
+def _require_ranks(config: Any, checkpoint: Checkpoint) -> None:
+    """The scale is alpha / rank: with another rank than the matrices have, the update would be another."""
+    for name, shape in checkpoint.shapes.items():
+        module, _, kind = name.removeprefix(_PEFT).removesuffix(".weight").rpartition(".")
+        if kind not in ("lora_A", "lora_B"):
+            continue
+        rank, side = rank_and_alpha(config, module)[0], int(kind == "lora_B")
+        if len(shape) < 2 or shape[side] != rank:
+            raise ValueError(
+                f"{checkpoint.path}: {name.removeprefix(_PEFT)} is {list(shape)}; {rank} {('rows', 'columns')[side]} "
+                f"were expected, rank {rank} as {CONFIG} beside it says: one of the two is damaged, or of another run"
+            )
 
 
 def warn_of_other_base(about: Mapping[str, Any], base: str | Path | None, folder: Path) -> None:

@@ -48,8 +48,6 @@ def read_updates(folder: Path) -> dict[str, Update]:
     Raises:
         ValueError: no adapter, a damaged one, or one of another kind than LoRA without biases.
     """
-    from peft.utils.other import get_pattern_key
-
     config, tensors = adapter_folder.read_peft(folder)
     if config.fan_in_fan_out or config.bias != "none":
         raise ValueError(f"{folder} has biases, or maps of transposed weights: only LoRA without them is merged")
@@ -59,8 +57,7 @@ def read_updates(folder: Path) -> dict[str, Update]:
         raise ValueError(f"{folder}: {len(tensors)} tensors are not {len(ends)} for each of {len(modules)} linear maps")
     updates = {}
     for module in modules:
-        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+        rank, alpha = adapter_folder.rank_and_alpha(config, module)
         scale = alpha / math.sqrt(rank) if config.use_rslora else alpha / rank
         magnitude_O = tensors.get(f"{module}.lora_magnitude_vector")
         down_RI, up_OR = (tensors[module + end] for end in ends[:2])
@@ -189,4 +186,9 @@ def _check(checkpoint: Checkpoint, updates: Mapping[str, Update], base: Path) ->
             raise ValueError(
                 f"{module}.weight is {list(shape)} in {base}, the adapter is for "
                 f"[{update.up_OR.shape[0]}, {update.down_RI.shape[1]}]: it belongs to another model"
+            )
+        if update.magnitude_O is not None and update.magnitude_O.shape != shape[:1]:
+            raise ValueError(
+                f"{module}.lora_magnitude_vector is {list(update.magnitude_O.shape)}; {list(shape[:1])} was expected, "
+                f"the rows of {module}.weight in {base}"
             )

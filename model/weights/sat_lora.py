@@ -9,19 +9,24 @@ alone needs no `qkv_order`; its base does.  Our rows are head by head, and so is
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.weights.checkpoint import Checkpoint
+from model.weights.checkpoint import Checkpoint, require_finite
 from model.weights.rows import head_by_head
 
-_PAIR = re.compile(r"transformer\.layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.(\d)")
+_PAIR = re.compile(r"transformer\.layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.(\d+)")
+_PARTS = {"query_key_value": "012", "dense": "0"}
+_MEANING = {"query_key_value": "pairs 0, 1, 2 (query, key, value)", "dense": "pair 0 alone"}
 _ORIGINAL = ".original."
 MARKS = ("matrix_A.", "matrix_B.")
 
@@ -36,39 +41,82 @@ class Adapter:
     alpha: float
 
 
-def read(tensors: Mapping[str, Tensor], *, num_heads: int, alpha: float = 1.0) -> Adapter:
+def read(
+    tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, alpha: float = 1.0, file: str | Path = "the checkpoint"
+) -> Adapter:
     """From the tensors of a SAT checkpoint that holds a LoRA beside its base.
 
     Args:
+        config: its `model_config.json`: hidden_size, num_attention_heads, num_layers.
         alpha: `lora_alpha` of the training; VisualGLM and XrayGLM leave it at 1, so that the scale is 1 / r.
+        file: where the tensors are, for messages.
     Raises:
-        ValueError: no LoRA, a part of a pair missing, several ranks, or LoRA on something else than the attention.
+        ValueError: no LoRA; a part of a pair missing, of another shape or rank than the others, or not finite; a pair
+            that is none of query's, key's, value's and dense's.
     """
-    found: dict[tuple[int, str], dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        match = _PAIR.fullmatch(name)
-        if match is not None:
-            found.setdefault((int(match[1]), match[2]), {})[match[3] + match[4]] = tensor
-        elif any(mark in name for mark in MARKS):
-            raise ValueError(f"{name}: a LoRA of SAT's on something else than query_key_value and dense is not known")
-    if not found:
-        raise ValueError("there is no LoRA of SAT's here (no ...query_key_value.matrix_A.0)")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha}; it has to be a number above 0")
+    found = _pairs(tensors, config["num_layers"], file)
+    rank = _common_rank(found)
     out: dict[str, Tensor] = {}
-    ranks = set()
     for (layer, target), pair in sorted(found.items()):
-        parts = "012" if target == "query_key_value" else "0"
+        parts = _PARTS[target]
         missing = [f"matrix_{kind}.{part}" for kind in "AB" for part in parts if kind + part not in pair]
         if missing:
-            raise ValueError(f"layer {layer}, {target}: {', '.join(missing)} missing")
+            raise ValueError(f"{file}: layer {layer}, {target}: {', '.join(missing)} missing")
+        place = f"transformer.layers.{layer}.attention.{target}"
+        for part, tensor in pair.items():
+            name = f"{place}.matrix_{part[0]}.{part[1:]}"
+            _require_shape(tensor, name, part[0], rank, config["hidden_size"], file)
         a, b = ([pair[kind + part] for part in parts] for kind in "AB")
-        ranks.add(a[0].shape[0])
         up = torch.block_diag(*b)
-        place = f"base_model.model.transformer.layers.{layer}.attention.{target}"
-        out[f"{place}.lora_A.weight"] = torch.cat(a).contiguous()
-        out[f"{place}.lora_B.weight"] = (head_by_head(up, num_heads) if len(parts) == 3 else up).contiguous()
-    if len(ranks) != 1:
-        raise ValueError(f"the pairs have ranks {sorted(ranks)}; one was expected")
-    return Adapter(out, ranks.pop(), tuple(sorted({layer for layer, _ in found})), alpha)
+        if len(parts) == 3:
+            up = head_by_head(up, config["num_attention_heads"])
+        out[f"base_model.model.{place}.lora_A.weight"] = torch.cat(a).contiguous()
+        out[f"base_model.model.{place}.lora_B.weight"] = up.contiguous()
+    return Adapter(out, rank, tuple(sorted({layer for layer, _ in found})), alpha)
+
+
+def _pairs(
+    tensors: Mapping[str, Tensor], num_layers: int, file: str | Path
+) -> dict[tuple[int, str], dict[str, Tensor]]:
+    """(layer, map) -> A0, B0, ... of it"""
+    found: dict[tuple[int, str], dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if not any(mark in name for mark in MARKS):
+            continue
+        match = _PAIR.fullmatch(name)
+        if match is None:
+            raise ValueError(
+                f"{file}: {name}: a LoRA of SAT's on something else than query_key_value and dense is not known"
+            )
+        layer, target, kind, part = int(match[1]), match[2], match[3], match[4]
+        if part not in _PARTS[target]:
+            raise ValueError(f"{file}: {name} was not expected: {target} has {_MEANING[target]}")
+        if layer >= num_layers:
+            raise ValueError(f"{file}: {name} was not expected: the model has blocks 0 to {num_layers - 1}")
+        found.setdefault((layer, target), {})[kind + part] = tensor
+    if not found:
+        raise ValueError(f"{file}: there is no LoRA of SAT's here (no ...query_key_value.matrix_A.0)")
+    return found
+
+
+def _common_rank(found: Mapping[tuple[int, str], Mapping[str, Tensor]]) -> int:
+    """What most A have: where one differs, it is the one to name."""
+    ranks = [t.shape[0] for pair in found.values() for part, t in pair.items() if part[0] == "A" and t.ndim == 2]
+    return Counter(rank for rank in ranks if rank > 0).most_common(1)[0][0] if any(ranks) else 1
+
+
+def _require_shape(tensor: Tensor, name: str, kind: str, rank: int, width: int, file: str | Path) -> None:
+    expected = (rank, width) if kind == "A" else (width, rank)
+    if tuple(tensor.shape) != expected:
+        raise ValueError(
+            f"{file}: {name} is {list(tensor.shape)}; {list(expected)} was expected, in a model {width} wide whose "
+            f"LoRA has rank {rank}: the file is damaged, or of another training"
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(f"{file}: {name} is of {tensor.dtype}; numbers with a fraction were expected")
+    require_finite(tensor, name, file)
 
 
 def write(adapter: Adapter, folder: Path, *, base: str) -> Path:

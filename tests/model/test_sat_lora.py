@@ -62,7 +62,7 @@ def test_a_lora_of_sats_becomes_an_adapter_of_pefts(tmp_path: Path, order: visua
     assert equal(model, chat_model(1))
 
     tensors = sat.read_module(folder / "1" / "mp_rank_00_model_states.pt")
-    sat_lora.write(sat_lora.read(tensors, num_heads=4), tmp_path / "adapter", base="VisualGLM-6B")
+    sat_lora.write(sat_lora.read(tensors, CONFIG), tmp_path / "adapter", base="VisualGLM-6B")
     x = torch.randn(5, 32)
     before = {layer: model.llm.layers[layer].attention.query_key_value(x) for layer in (0, 1, 2)}  # type: ignore[operator]
     dense = model.llm.layers[2].attention.dense(x)  # type: ignore[operator]
@@ -85,14 +85,58 @@ def test_a_lora_of_sats_becomes_an_adapter_of_pefts(tmp_path: Path, order: visua
     assert config["layers_to_transform"] == [0, 2] and config["base_model_name_or_path"] == "VisualGLM-6B"
 
 
-def test_a_lora_that_is_broken_is_named() -> None:
-    whole = lora_tensors()
-    place = "transformer.layers.0.attention.query_key_value.matrix_"
-    for changed, expected in (
-        ({}, "no LoRA of SAT's here"),
-        ({name: tensor for name, tensor in whole.items() if name != f"{place}B.1"}, "layer 0, .*matrix_B.1 missing"),
-        ({**whole, **lora_tensors(rank=3, layers=(2,))}, r"ranks \[2, 3\]"),
-        ({**whole, "transformer.layers.0.mlp.dense_h_to_4h.matrix_A.0": torch.zeros(2, 2)}, "on something else"),
+QKV, DENSE = (f"transformer.layers.0.attention.{target}.matrix_" for target in ("query_key_value", "dense"))
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (dict.fromkeys(lora_tensors()), "no LoRA of SAT's here"),
+        ({f"{QKV}B.1": None}, "layer 0, query_key_value: matrix_B.1 missing"),
+        (
+            {f"{QKV}A.3": (2, 32), f"{QKV}B.3": (32, 2)},
+            rf"{QKV}A.3 was not expected: query_key_value has pairs 0, 1, 2 \(query, key",
+        ),
+        ({f"{DENSE}A.1": (2, 32), f"{DENSE}B.1": (32, 2)}, rf"{DENSE}A.1 was not expected: dense has pair 0"),
+        ({f"{QKV}A.1": (3, 32), f"{QKV}B.1": (32, 3)}, rf"{QKV}A.1 is \[3, 32\]; \[2, 32\] was expected"),
+        ({f"{QKV}A.1": (3, 32)}, rf"{QKV}A.1 is \[3, 32\]; \[2, 32\] was expected"),
+        ({f"{QKV}A.2": (1, 32), f"{QKV}B.2": (32, 1)}, rf"{QKV}A.2 is \[1, 32\]; \[2, 32\]"),
+        ({f"{QKV}B.2": (31, 2)}, rf"{QKV}B.2 is \[31, 2\]; \[32, 2\] was expected"),
+        ({f"{QKV}A.0": (2, 33)}, rf"{QKV}A.0 is \[2, 33\]; \[2, 32\] was expected"),
+        ({f"{DENSE}A.0": (2,)}, rf"{DENSE}A.0 is \[2\]; \[2, 32\]"),
+        ({f"{DENSE}A.0": ()}, rf"{DENSE}A.0 is \[\]; \[2, 32\]"),
+        ({"transformer.layers.0.mlp.dense_h_to_4h.matrix_A.0": (2, 32)}, "dense_h_to_4h.matrix_A.0: .*something else"),
+        ({f"transformer.layers.3.{QKV[21:]}A.0": (2, 32)}, r"layers.3.*A.0 was not expected: .*blocks 0 to 2"),
+    ],
+)
+def test_a_lora_that_is_broken_is_named_with_its_file(
+    changes: dict[str, tuple[int, ...] | None], expected: str
+) -> None:
+    tensors: dict[str, Tensor] = lora_tensors()
+    for name, shape in changes.items():
+        if shape is None:
+            del tensors[name]
+        else:
+            tensors[name] = torch.ones(shape)
+    with pytest.raises(ValueError, match="tuned.pt.*" + expected):
+        sat_lora.read(tensors, CONFIG, file="tuned.pt")
+
+
+def test_numbers_that_are_none_and_kinds_that_are_no_weights_are_named() -> None:
+    for tensor, expected in (
+        (torch.tensor([[1.0, NAN], *[[0.0, 0.0]] * 31]), rf"tuned.pt: {DENSE}B.0 holds 1 of 64 numbers that are NaN"),
+        (torch.ones(32, 2, dtype=torch.uint8), rf"tuned.pt: {DENSE}B.0 is of torch.uint8"),
     ):
         with pytest.raises(ValueError, match=expected):
-            sat_lora.read(changed, num_heads=4)
+            sat_lora.read({**lora_tensors(), f"{DENSE}B.0": tensor}, CONFIG, file="tuned.pt")
+    for alpha in (0.0, -1.0, NAN, float("inf")):
+        with pytest.raises(ValueError, match="alpha is"):
+            sat_lora.read(lora_tensors(), CONFIG, alpha=alpha)
+
+
+def test_several_ranks_are_refused_though_each_fits_itself() -> None:
+    """One `r` goes for all of them; SAT's training has one."""
+    with pytest.raises(ValueError, match=r"layers.2.*matrix_A.0 is \[3, 32\]; \[2, 32\] was expected, .*rank 2"):
+        sat_lora.read({**lora_tensors(layers=(0, 1)), **lora_tensors(rank=3, layers=(2,))}, CONFIG)
+    assert sat_lora.read(lora_tensors(rank=3), CONFIG).rank == 3

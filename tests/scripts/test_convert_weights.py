@@ -94,6 +94,13 @@ def test_a_lora_becomes_an_adapter_and_its_base_stays(source: Path, repo_root: P
     assert done.returncode == 0 and "rank 2 on layers 0" in done.stdout, done.stderr
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and config["rank_pattern"] == {"query_key_value": 6}
+    module["transformer.layers.0.attention.query_key_value.matrix_A.1"] = torch.ones(3, 64)
+    torch.save({"module": module}, folder / "1" / "mp_rank_00_model_states.pt")
+    refused = run(repo_root, "adapter", folder, tmp_path / "broken", "--base", "base")
+    assert refused.returncode == 1 and not (tmp_path / "broken").exists()
+    file = folder / "1" / "mp_rank_00_model_states.pt"
+    name = "transformer.layers.0.attention.query_key_value.matrix_A.1"
+    assert f"convert_weights: {file}: {name} is [3, 64]; [2, 64] was expected" in refused.stderr
     words = "visualglm", folder, tmp_path / "base", "--to", "sat", "--qkv-order", "blocks"
     assert "LoRA that is not merged" in run(repo_root, *words).stderr
     assert run(repo_root, *words, "--leave-lora").returncode == 0

@@ -169,6 +169,43 @@ def test_what_does_not_belong_together_is_named(pieces: Path, tmp_path: Path) ->
         with pytest.raises(ValueError, match=expected):
             merging.merged(base, tmp_path / "adapter", qkv_order="per_head")
         file.write_bytes(before)
+    trained(pieces, "dora", tmp_path / "dora")
+    file = tmp_path / "dora/adapter_model.safetensors"
+    name = "base_model.model.transformer.layers.2.attention.dense.lora_magnitude_vector"
+    save_file({**load_file(file), name: torch.ones(7)}, file)
+    with pytest.raises(ValueError, match=r"2.attention.dense.lora_magnitude_vector is \[7\]; \[64\] was expected"):
+        merging.merged(base, tmp_path / "dora", qkv_order="per_head")
     (base / "model_config.json").write_text("{}")
     with pytest.raises(ValueError, match="SAT's folder: python scripts/convert_weights.py"):
         merging.merged(base, tmp_path / "adapter", qkv_order="per_head")
+
+
+PLACE = "transformer.layers.1.attention.dense.lora_"
+
+
+@pytest.mark.parametrize(
+    ("shapes", "pattern", "expected"),
+    [
+        ({"A": (6, 64), "B": (64, 6)}, {}, rf"{PLACE}A.weight is \[6, 64\]; 4 rows were expected, rank 4"),
+        ({"A": (6, 64)}, {}, rf"{PLACE}A.weight is \[6, 64\]; 4 rows were expected"),
+        ({"B": (64, 3)}, {}, rf"{PLACE}B.weight is \[64, 3\]; 4 columns were expected"),
+        ({"A": (4,)}, {}, rf"{PLACE}A.weight is \[4\]; 4 rows"),
+        ({"B": ()}, {}, rf"{PLACE}B.weight is \[\]; 4 columns"),
+        ({}, {"attention.dense": 6}, rf"{PLACE.replace('1', '0')}A.weight is \[4, 64\]; 6 rows were expected, rank 6"),
+    ],
+)
+def test_ranks_that_its_config_does_not_tell_are_not_merged_with_the_scale_of_another(
+    pieces: Path, tmp_path: Path, shapes: dict[str, tuple[int, ...]], pattern: dict[str, int], expected: str
+) -> None:
+    base = base_folder(pieces, tmp_path / "base")
+    trained(pieces, "lora", tmp_path / "adapter")
+    file, settings = (tmp_path / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "rank_pattern": pattern}))
+    broken = {f"base_model.model.{PLACE}{kind}.weight": torch.ones(shape) for kind, shape in shapes.items()}
+    save_file({**load_file(file), **broken}, file)
+    for read in (
+        lambda: merging.merged(base, tmp_path / "adapter", qkv_order="per_head"),
+        lambda: adapter_folder.load(chat(pieces), tmp_path / "adapter"),
+    ):
+        with pytest.raises(ValueError, match=f"{file}: {expected}"):
+            read()
