@@ -13,55 +13,61 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from model.weights import visualglm, writing
+from model.weights import names, visualglm, writing
 from model.weights.checkpoint import from_tensors, open_folder, read_config
 from model.weights.filling import LoadReport
 from model.weights.rows import head_by_head
 from model.weights.visualglm import FIRST_QKV, LANGUAGE_MODEL, Entry, QkvOrder, Shape
 
 IMAGE_PREFIX, HEAD = "image_encoder.", "lm_head.weight"
+_SEEING = {"vision": "eva_config", "qformer": "qformer_config"}  # VisualGLM's parts of config.json
 
 
 def sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `model.llm.chatglm.chatglm` for a `config.json` of ChatGLM-6B or VisualGLM-6B.
 
     Raises:
-        ValueError: another model, by name.
+        ValueError: another model, by name; a key that is missing, or whose value cannot be, with the file.
     """
     if config.get("model_type") != "chatglm" or "inner_hidden_size" not in config:
         kind = config.get("model_type", "unknown")
         raise ValueError(f"the folder's config.json is of type {kind!r} and not ChatGLM-6B's (no inner_hidden_size)")
-    found = {
-        "hidden_size": config["hidden_size"],
-        "num_layers": config["num_layers"],
-        "num_heads": config["num_attention_heads"],
-        "inner_size": config["inner_hidden_size"],
-        "vocab_size": config["vocab_size"],
-        "layer_norm_eps": config.get("layernorm_epsilon", 1e-5),
+    told = [role for role in ("bos", "eos", "gmask", "mask", "pad") if config.get(f"{role}_token_id") is not None]
+    return {
+        "hidden_size": names.whole_number(config, "hidden_size"),
+        "num_layers": names.whole_number(config, "num_layers"),
+        "num_heads": names.divides(config, "num_attention_heads", "hidden_size"),
+        "inner_size": names.whole_number(config, "inner_hidden_size"),
+        "vocab_size": names.whole_number(config, "vocab_size"),
+        "layer_norm_eps": visualglm.norm_eps(config),
+        "ids": {role: names.whole_number(config, f"{role}_token_id", least=0) for role in told},
     }
-    roles = {"bos": "bos", "eos": "eos", "gmask": "gmask", "mask": "mask", "pad": "pad"}
-    ids = {role: config.get(f"{name}_token_id") for role, name in roles.items()}
-    return {**found, "ids": {role: number for role, number in ids.items() if number is not None}}
 
 
 def load(model: nn.Module, folder: Path, *, qkv_order: QkvOrder | None, reference: Tensor | None = None) -> LoadReport:
     """Fills the language model of stage two's model, and the rest of it where the folder has it (VisualGLM).
 
     Raises:
-        ValueError: see `visualglm.load`; sizes that no shape shows; a missing shard.
+        ValueError: see `visualglm.check_numbers`, `visualglm.load`; another model's config; a missing shard.
     """
     config = read_config(folder)
-    theirs = sizes(config)
-    llm: Any = getattr(model, "llm")  # noqa: B009 - nn.Module's attributes have no type
-    if theirs["num_heads"] != llm.num_heads:
-        raise ValueError(f"{folder} has {theirs['num_heads']} attention heads, model.llm {llm.num_heads}")
+    sees = {part: config[key] for part, key in _SEEING.items() if isinstance(config.get(key), dict)}
+    num_heads = sizes(config)["num_heads"]
+    visualglm.check_numbers(model, {"llm": config, **sees})
     checkpoint = open_folder(folder)
     order = visualglm.resolve_order(
-        checkpoint, qkv_order, num_heads=llm.num_heads, reference=reference, recorded=visualglm.recorded_order(folder)
+        checkpoint, qkv_order, num_heads=num_heads, reference=reference, recorded=visualglm.recorded_order(folder)
     )
     if any(name.startswith(IMAGE_PREFIX) for name in checkpoint.shapes):
-        return visualglm.load(model, checkpoint, table(model), order)
-    own = [entry for entry in table(model) if entry.block == LANGUAGE_MODEL]
+        report = visualglm.load(model, checkpoint, table(model), order)
+        untold = [part for part in _SEEING if part not in sees]
+        if untold:
+            report.notes.append(
+                f"{config.place} has no {' and no '.join(_SEEING[part] for part in untold)}: whether the heads and the "
+                f"eps of {' and '.join(f'model.{part}' for part in untold)} are those of the weights is not known"
+            )
+        return report
+    own = visualglm.language_model_entries(model, head=HEAD)
     return visualglm.load(model, checkpoint, own, order, must=(LANGUAGE_MODEL,))
 
 

@@ -102,6 +102,34 @@ def set_ln_vision_eps(model: nn.Module, eps: float, report: LoadReport) -> None:
         norm.eps = eps
 
 
+def whole_number(config: Mapping[str, Any], key: str, *, least: int = 1) -> int:
+    """Raises ValueError where the config has something else under `key`, with its file (`checkpoint.Config`)."""
+    found = config[key]
+    if not isinstance(found, int) or isinstance(found, bool) or found < least:
+        raise ValueError(f"{place_of(config)} has {key} {found!r}: expected a whole number of at least {least}")
+    return found
+
+
+def positive(config: Mapping[str, Any], key: str) -> float:
+    """The same for numbers such as an eps."""
+    found = config[key]
+    if not isinstance(found, int | float) or isinstance(found, bool) or not found > 0:
+        raise ValueError(f"{place_of(config)} has {key} {found!r}: expected a number above 0")
+    return found
+
+
+def divides(config: Mapping[str, Any], key: str, into: str) -> int:
+    """The whole number under `key`, which has to divide the one under `into` without a rest."""
+    found, whole = whole_number(config, key), whole_number(config, into)
+    if whole % found:
+        raise ValueError(f"{place_of(config)} has {key} {found}, which does not divide {into} {whole}")
+    return found
+
+
+def place_of(config: Mapping[str, Any]) -> str:
+    return str(getattr(config, "place", "the config"))
+
+
 def check_equal(path: str, found: Any, ours: Any, there: str, here: str) -> None:
     """Numbers that no shape shows, such as the count of heads."""
     if found is not None and found != ours:

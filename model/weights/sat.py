@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from model.weights import sat_lora, visualglm
+from model.weights import names, sat_lora, visualglm
 from model.weights.checkpoint import Checkpoint, Config, from_tensors, read_json
 from model.weights.filling import LoadReport
 from model.weights.visualglm import Entry, QkvOrder, Shape
@@ -53,50 +53,89 @@ def with_defaults(config: Config) -> Config:
     """The same config with SAT's own values where it names none."""
     config.setdefault("pad_token_id", PAD_ID)
     for part in (config, config["eva_args"], config["qformer_args"]):
-        part["inner_hidden_size"] = part.get("inner_hidden_size") or 4 * part["hidden_size"]
-        part.setdefault("layernorm_epsilon", 1e-5)
+        part["inner_hidden_size"] = part.get("inner_hidden_size") or 4 * names.whole_number(part, "hidden_size")
+        part.setdefault("layernorm_epsilon", visualglm.LAYER_NORM_EPS)
     return config
 
 
 def sizes(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Arguments of `eva_vit`, `QFormer` and `chatglm` for the model of this config."""
+    """Arguments of `eva_vit`, `QFormer` and `chatglm` for the model of this config.
+
+    Raises:
+        ValueError: a key that is missing, or whose value cannot be, with the file.
+    """
     eva, qformer = config["eva_args"], config["qformer_args"]
-    image_size = eva["image_size"]
-    looking = [index for index, looks in enumerate(qformer["is_decoder"]) if looks]
-    frequency = looking[1] if len(looking) > 1 else qformer["num_layers"]
-    if looking != list(range(0, qformer["num_layers"], frequency)):
-        raise ValueError(f"cross-attention in layers {looking} of the Q-Former: not one in every {frequency}")
+    frequency = _frequency(qformer)
+    num_image_tokens = names.whole_number(config, "image_length")
+    ids = ["bos", "gmask", "mask", "pad"] + ["eos"] * ("eos_token_id" in config)  # which SAT's files leave out
     return {
         "vision": {
-            "image_size": image_size[0] if isinstance(image_size, list) else image_size,
-            "patch_size": eva["patch_size"],
-            "width": eva["hidden_size"],
-            "num_layers": eva["num_layers"],
-            "num_heads": eva["num_attention_heads"],
-            "mlp_width": eva["inner_hidden_size"],
-            "layer_norm_eps": eva["layernorm_epsilon"],
+            "image_size": _image_size(eva),
+            "patch_size": names.whole_number(eva, "patch_size"),
+            "width": names.whole_number(eva, "hidden_size"),
+            "mlp_width": names.whole_number(eva, "inner_hidden_size"),
+            **_depth_and_unseen(eva),
         },
         "qformer": {
-            "image_width": qformer["cross_attn_hidden_size"],
-            "hidden_size": qformer["hidden_size"],
-            "num_layers": qformer["num_layers"],
-            "num_heads": qformer["num_attention_heads"],
-            "intermediate_size": qformer["inner_hidden_size"],
-            "num_query_tokens": config["image_length"],
+            "image_width": names.whole_number(qformer, "cross_attn_hidden_size"),
+            "hidden_size": names.whole_number(qformer, "hidden_size"),
+            "intermediate_size": names.whole_number(qformer, "inner_hidden_size"),
+            "num_query_tokens": num_image_tokens,
             "cross_attention_frequency": frequency,
-            "layer_norm_eps": qformer["layernorm_epsilon"],
+            **_depth_and_unseen(qformer),
         },
         "llm": {
-            "hidden_size": config["hidden_size"],
-            "num_layers": config["num_layers"],
-            "num_heads": config["num_attention_heads"],
-            "inner_size": config["inner_hidden_size"],
-            "vocab_size": config["vocab_size"],
-            "layer_norm_eps": config["layernorm_epsilon"],
-            "num_image_tokens": config["image_length"],
-            "ids": {name: config[f"{name}_token_id"] for name in ("bos", "gmask", "mask", "pad")},
+            "hidden_size": names.whole_number(config, "hidden_size"),
+            "inner_size": names.whole_number(config, "inner_hidden_size"),
+            "vocab_size": names.whole_number(config, "vocab_size"),
+            "num_image_tokens": num_image_tokens,
+            "ids": {name: names.whole_number(config, f"{name}_token_id", least=0) for name in ids},
+            **_depth_and_unseen(config),
         },
     }
+
+
+def _depth_and_unseen(part: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "num_layers": names.whole_number(part, "num_layers"),
+        "num_heads": names.divides(part, "num_attention_heads", "hidden_size"),
+        "layer_norm_eps": names.positive(part, "layernorm_epsilon"),
+    }
+
+
+def _image_size(eva: Mapping[str, Any]) -> int:
+    """A number, or height and width, which are equal."""
+    found = eva["image_size"]
+    if isinstance(found, list) and len(found) == 2 and found[0] == found[1]:
+        found = found[0]
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise ValueError(
+            f"{names.place_of(eva)} has image_size {eva['image_size']!r}: expected a whole number, or a list of height "
+            f"and width, which are equal"
+        )
+    if found % names.whole_number(eva, "patch_size"):
+        raise ValueError(
+            f"{names.place_of(eva)} has image_size {found}, which patch_size {eva['patch_size']} does not divide"
+        )
+    return found
+
+
+def _frequency(qformer: Mapping[str, Any]) -> int:
+    """The Q-Former looks at the image in one of so many layers."""
+    looks, num_layers = qformer["is_decoder"], names.whole_number(qformer, "num_layers")
+    if not isinstance(looks, list) or len(looks) != num_layers:
+        raise ValueError(
+            f"{names.place_of(qformer)} has is_decoder {looks!r}: expected a list of {num_layers} times true or false, "
+            f"one for each layer"
+        )
+    looking = [index for index, there in enumerate(looks) if there]
+    frequency = looking[1] if len(looking) > 1 else num_layers
+    if looking != list(range(0, num_layers, frequency)):
+        raise ValueError(
+            f"{names.place_of(qformer)} has cross-attention in layers {looking} (is_decoder): not one in every "
+            f"{frequency}"
+        )
+    return frequency
 
 
 def open_folder(folder: Path, *, leave_lora: bool = False) -> Checkpoint:
@@ -162,20 +201,23 @@ def load(
     reference: Tensor | None = None,
     leave_lora: bool = False,
 ) -> LoadReport:
-    """Fills stage two's model.
+    """Fills stage two's model, which has to compute with the numbers of `model_config.json`.
 
     Args:
         leave_lora: see `open_folder`.
         qkv_order, reference: see `visualglm.resolve_order`.
     Raises:
-        ValueError: see `visualglm.load`, `open_folder`.
+        ValueError: see `visualglm.check_numbers`, `visualglm.load`, `read_config`, `open_folder`.
     """
+    entries, config = table(model), read_config(folder)
+    parts = {"llm": config, "vision": config["eva_args"], "qformer": config["qformer_args"]}
+    visualglm.check_numbers(model, parts)
     checkpoint = open_folder(folder, leave_lora=leave_lora)
     num_heads: Any = getattr(model, "llm").num_heads  # noqa: B009 - nn.Module's attributes have no type
     order = visualglm.resolve_order(
         checkpoint, qkv_order, num_heads=num_heads, reference=reference, recorded=visualglm.recorded_order(folder)
     )
-    return visualglm.load(model, checkpoint, table(model), order)
+    return visualglm.load(model, checkpoint, entries, order)
 
 
 def write(

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from model.llm.chatglm import ChatGLM
 from model.weights import names
 from model.weights.checkpoint import Checkpoint, read_json
 from model.weights.filling import LoadReport, Part, fill
@@ -27,6 +28,8 @@ QkvOrder = Literal["blocks", "per_head"]
 ORDERS = typing.get_args(QkvOrder)
 Sizes = Mapping[str, Mapping[str, Any]]  # of vision, qformer and llm, as `sat.sizes` gives them
 LANGUAGE_MODEL, PROJECTION, LN_VISION = "language model", "projection", "ln_vision"
+LAYER_NORM_EPS = 1e-5
+LN_VISION_EPS = 1e-5  # of VisualGLM's code (`model/blip2.py`); no config has it
 RECORD = "conversion.json"
 FIRST_QKV = "transformer.layers.0.attention.query_key_value.weight"
 FREQUENCIES = ".rotary_emb.inv_freq"  # SAT's once, Hugging Face's in every layer
@@ -67,14 +70,9 @@ class Shape:
 
     @classmethod
     def of_model(cls, model: nn.Module) -> Shape:
-        layers = names.encoder_layers(model)
-        if not layers:
-            raise ValueError(
-                "VisualGLM's image encoder is the EVA-ViT (model/vision=eva_vit_g); this model has another one"
-            )
-        llm: Any = getattr(model, "llm")  # noqa: B009 - nn.Module's attributes have no type
+        llm = _chatglm(model)
         looking = tuple(layer.cross_attention is not None for layer in names.qformer_layers(model))
-        return cls(len(layers), looking, len(llm.layers), llm.num_heads)
+        return cls(len(_eva_layers(model)), looking, len(llm.layers), llm.num_heads)
 
     @classmethod
     def of_sizes(cls, sizes: Sizes) -> Shape:
@@ -96,6 +94,24 @@ class Shape:
         return cls(len(layers(f"{image_prefix}vit.transformer.")), looking, len(layers("transformer.")), num_heads)
 
 
+def _eva_layers(model: nn.Module) -> Any:
+    layers = names.encoder_layers(model)
+    if not layers:
+        raise ValueError(
+            "VisualGLM's image encoder is the EVA-ViT (model/vision=eva_vit_g); this model has another one"
+        )
+    return layers
+
+
+def _chatglm(model: nn.Module) -> Any:
+    llm = model.get_submodule("llm")
+    if not isinstance(llm, ChatGLM):
+        raise ValueError(
+            f"VisualGLM's language model is ChatGLM-6B (model/llm=chatglm_6b); this model has a {type(llm).__name__}"
+        )
+    return llm
+
+
 _WITH_LEADING_ONE = ("class_embedding", "position_embedding", "query_tokens.tokens")  # (1, n, W) here, (n, W) there
 
 
@@ -110,6 +126,12 @@ def entries(shape: Shape, *, image_prefix: str, head: str) -> Iterator[Entry]:
     yield from _qformer(shape.looking, f"{image_prefix}qformer.transformer.")
     yield from _pair("projection", f"{image_prefix}glm_proj", PROJECTION)
     yield from _language_model(shape.llm_layers, shape.num_heads, head)
+
+
+def language_model_entries(model: nn.Module, *, head: str) -> list[Entry]:
+    """The language model's alone, which may stand behind any image encoder."""
+    llm = _chatglm(model)
+    return list(_language_model(len(llm.layers), llm.num_heads, head))
 
 
 def shape_there(entry: Entry, sizes: Sizes) -> tuple[int, ...]:
@@ -174,6 +196,35 @@ def in_our_names(checkpoint: Checkpoint, table: list[Entry], model: nn.Module, o
     return Checkpoint(checkpoint.path, shapes, read)
 
 
+def check_numbers(model: nn.Module, parts: Mapping[str, Mapping[str, Any]]) -> None:
+    """That the model computes with the numbers of a config that no shape shows.
+
+    Args:
+        parts: what the config says of `vision`, `qformer` and `llm`, in SAT's keys.
+    Raises:
+        ValueError: two that differ, with the file, its key and the model's.
+    """
+    for part, config in parts.items():
+        module: Any = model.get_submodule(part)
+        if part == "vision":
+            _eva_layers(model)
+            own = module.network.config.num_attention_heads, module.network.config.layer_norm_eps
+        elif part == "qformer":
+            own = module.num_heads, module.embedding_norm.eps
+        else:
+            norm: Any = _chatglm(model).network.get_submodule("transformer.final_layernorm")
+            own = module.num_heads, norm.eps
+        found = names.whole_number(config, "num_attention_heads"), norm_eps(config)
+        keys = ("num_attention_heads", "num_heads"), ("layernorm_epsilon", "layer_norm_eps")
+        for theirs, ours, (key, name) in zip(found, own, keys, strict=True):
+            names.check_equal(names.place_of(config), theirs, ours, key, f"model.{part}.{name}")
+
+
+def norm_eps(config: Mapping[str, Any]) -> float:
+    """Of the norms of one part; SAT and ChatGLM-6B take 1e-5 where a config names none."""
+    return names.positive(config, "layernorm_epsilon") if "layernorm_epsilon" in config else LAYER_NORM_EPS
+
+
 def load(
     model: nn.Module,
     checkpoint: Checkpoint,
@@ -190,6 +241,8 @@ def load(
     _check_depths(model, checkpoint, table)
     parts = [Part(ours, (ours,), entry.block) for entry in table for ours in entry.ours]
     report = fill(model, in_our_names(checkpoint, table, model, order), parts, must=must)
+    if "ln_vision.weight" in report.loaded:
+        names.set_ln_vision_eps(model, LN_VISION_EPS, report)
     report.notes.append(f"the language model's query-key-value rows were read as {order!r}")
     left = [name for name in report.ignored if not holds_nothing_learned(name)]
     if left:

@@ -32,6 +32,7 @@ _SAME_KEYS = {  # SAT's model_config.json <-> Hugging Face's config.json
     "max_sequence_length": "max_sequence_length",
     "image_length": "image_length",
     "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",  # SAT's files leave it out
     "mask_token_id": "mask_token_id",
     "gmask_token_id": "gmask_token_id",
     "pad_token_id": "pad_token_id",
@@ -135,15 +136,9 @@ def read_config(folder: Path) -> Config:
 
 
 def _check(checkpoint: Checkpoint, layout: Layout, sizes: visualglm.Sizes) -> None:
-    width, num_heads = sizes["llm"]["hidden_size"], sizes["llm"]["num_heads"]
-    if width % num_heads:
-        raise ValueError(
-            f"the config in {checkpoint.path} has num_attention_heads {num_heads}, which does not divide hidden_size "
-            f"{width}"
-        )
     expected = {entry.theirs: visualglm.shape_there(entry, sizes) for entry in _table(Shape.of_sizes(sizes), layout)}
     # the number of heads is in the shape of no weight, but in that of the table of frequencies
-    num_frequencies = len(range(0, width // num_heads // 2, 2))
+    num_frequencies = len(range(0, sizes["llm"]["hidden_size"] // sizes["llm"]["num_heads"] // 2, 2))
     tables = [name for name in checkpoint.shapes if name.endswith(FREQUENCIES)]
     expected |= dict.fromkeys(tables, (num_frequencies,))
     names.check_whole(checkpoint, expected, computed=holds_nothing_learned)
