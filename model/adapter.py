@@ -29,6 +29,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of an opti
 
 NAME = "default"  # peft's name for an adapter without one; it is in no file
 PARTS = ("llm", "qformer", "projection", "vision")
+ROOTS = {"llm": "llm.network", "qformer": "qformer", "vision": "vision.network"}  # a projection is wrapped as a whole
 
 
 class Adapter(Protocol):
@@ -129,24 +130,18 @@ class Lora:
             load(model, Path(self.start).expanduser())
 
     def put_on(self, model: VisualChatModel) -> None:
-        if "llm" in self.parts:
-            inject(model.llm.network, self._llm_config(model.llm))
-        if "qformer" in self.parts:
-            model.ln_vision.requires_grad_(False)
-            inject(model.qformer, self._config(linear_names(model.qformer)))
-        if "vision" in self.parts:
-            network = model.get_submodule("vision.network")
-            inject(network, self._config(linear_names(network)))
-            model.vision.frozen = False  # or it would build no graph
-        if "projection" in self.parts:  # peft replaces children, so it needs a parent
-            parent = nn.ModuleDict({"projection": model.projection})
-            inject(parent, self._config(["projection"]))
-            model.projection = parent["projection"]  # type: ignore[assignment]
-            model.adapted_projection = parent.peft_config
+        for part in ("llm", "qformer", "vision", "projection"):  # the order in which they draw
+            if part in self.parts:
+                put(model, part, self._part_config(model, part))
 
     def check_zero3(self) -> None:
         if self.dora:
             raise ValueError("model.adapter.dora reads frozen weights whole: use train.engine.zero_stage 0, 1 or 2")
+
+    def _part_config(self, model: VisualChatModel, part: str) -> Any:
+        if part == "llm":
+            return self._llm_config(model.llm)
+        return self._config([part] if part == "projection" else linear_names(model.get_submodule(ROOTS[part])))
 
     def _llm_config(self, llm: LanguageModel) -> Any:
         maps = [name for name, module in llm.network.named_modules() if is_linear(module)]
@@ -222,6 +217,21 @@ class QLora(Lora):
             model.llm.network, model.llm.lora_targets, device=device, double_quantisation=self.double_quantisation
         )
         super().attach(model, device=device)
+
+
+def put(model: VisualChatModel, part: str, config: Any) -> None:
+    """An adapter on one part of the model, which is frozen but for it."""
+    if part == "projection":  # peft replaces children, so it needs a parent
+        parent = nn.ModuleDict({"projection": model.projection})
+        inject(parent, config)
+        model.projection = parent["projection"]  # type: ignore[assignment]
+        model.adapted_projection = parent.peft_config
+        return
+    inject(model.get_submodule(ROOTS[part]), config)
+    if part == "qformer":
+        model.ln_vision.requires_grad_(False)
+    if part == "vision":
+        model.vision.frozen = False  # or it would build no graph
 
 
 def inject(root: nn.Module, config: Any) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model.adapter import NAME, inject
+from model.adapter import NAME, ROOTS, put
 from model.visual_chat import VisualChatModel
 from model.weights.checkpoint import Checkpoint, examining, open_file, read_json
 from model.weights.filling import LoadReport, Part, fill
@@ -40,7 +40,6 @@ _WORDS = {
     "num_image_tokens": "number of image tokens",
     "qkv_order": "query-key-value rows",
 }
-_ROOTS = {"llm": "llm.network", "qformer": "qformer", "vision": "vision.network"}
 
 
 def save(model: VisualChatModel, trained: Mapping[str, Tensor], folder: Path, *, base_model: str | None = None) -> Path:
@@ -55,7 +54,7 @@ def save(model: VisualChatModel, trained: Mapping[str, Tensor], folder: Path, *,
     left = dict(trained)
     parts = {}
     for part, config in adapted(model).items():
-        prefix = "" if part == "projection" else f"{_ROOTS[part]}."
+        prefix = "" if part == "projection" else f"{ROOTS[part]}."
         own = {name.removeprefix(prefix): left.pop(name) for name in list(left) if _belongs(name, prefix, part)}
         place = folder if part == "llm" else folder / part
         _save_peft(model, part, config, own, place, base_model)
@@ -171,7 +170,7 @@ def warn_of_other_base(about: Mapping[str, Any], base: str | Path | None, folder
 
 def adapted(model: VisualChatModel) -> dict[str, Any]:
     """part -> peft's config of the adapter that sits there"""
-    found = {part: getattr(model.get_submodule(root), "peft_config", None) for part, root in _ROOTS.items()}
+    found = {part: getattr(model.get_submodule(root), "peft_config", None) for part, root in ROOTS.items()}
     found["projection"] = getattr(model, "adapted_projection", None)
     return {part: configs[NAME] for part, configs in found.items() if configs}
 
@@ -230,15 +229,7 @@ def _load_peft(model: VisualChatModel, part: str, place: Path, report: LoadRepor
     config, tensors = read_peft(place)
     config.inference_mode = False
     if part not in adapted(model):
-        if part == "projection":
-            parent = nn.ModuleDict({"projection": model.projection})
-            inject(parent, config)
-            model.projection = parent["projection"]  # type: ignore[assignment]
-            model.adapted_projection = parent.peft_config
-        else:
-            inject(model.get_submodule(_ROOTS[part]), config)
-            if part == "vision":
-                model.vision.frozen = False  # or it would build no graph
+        put(model, part, config)
     try:
         outcome = set_peft_model_state_dict(_root(model, part, config), tensors, NAME)
     except RuntimeError as error:
@@ -255,7 +246,7 @@ def _load_peft(model: VisualChatModel, part: str, place: Path, report: LoadRepor
 def _root(model: VisualChatModel, part: str, config: Any) -> nn.Module:
     """What peft was given, or for the projection something that looks like it."""
     if part != "projection":
-        return model.get_submodule(_ROOTS[part])
+        return model.get_submodule(ROOTS[part])
     parent = nn.ModuleDict({"projection": model.projection})
     parent.peft_config = {NAME: config}  # type: ignore[assignment]
     return parent
