@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from model.build import ConfigError
 from model.build import build as build
 from train.config_check import Places, as_forced, choices_and_bounds, resolved_type, unknown_keys
+from train.config_null import broken_reference, without_leftovers
 from train.failure import stop
 
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "configs"
@@ -209,6 +210,7 @@ def _composed(name: str, overrides: Sequence[str], config_dir: Path, own_dir: Pa
     places = Places(folders, name, overrides, dict(config.hydra.runtime.choices))
     OmegaConf.set_struct(config, False)
     del config["hydra"]
+    without_leftovers(config, overrides)
     return config, places
 
 
@@ -233,6 +235,9 @@ def _filled_in(config: DictConfig, schema: type, places: Places) -> DictConfig:
         assert isinstance(filled, DictConfig)
         OmegaConf.resolve(filled)
     except OmegaConfBaseException as error:
+        broken = broken_reference(OmegaConf.to_container(config), places)
+        if broken:
+            raise ConfigError(broken) from None
         where = places.of(tuple(str(error.full_key or "").split(".")))
         raise ConfigError(f"{error.full_key}: {_plain(error).splitlines()[0]} ({where})") from None
     return filled

@@ -9,6 +9,7 @@ import math
 import operator
 import types
 import typing
+from collections import abc
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, fields, is_dataclass
 from functools import cache
@@ -22,6 +23,7 @@ from model.build import PACKAGES, ConfigError
 
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_"}
 Path_ = tuple[str, ...]
+SECTION = "names with values, {name: value, ...}"
 
 
 class Places:
@@ -166,9 +168,11 @@ class _Checker:
                     yield self.unknown((*path, str(key)), [p for p in parameters if p != "self"])
         hints = _hints_of(found)
         for key, value in node.items():
-            wanted = _misfit(value, hints[key]) if key in hints else None
-            if wanted:
-                yield f"{'.'.join((*path, str(key)))}={value} ({self.places.of((*path, str(key)))}): expected {wanted}"
+            for inner, found_there, wanted in _misfits(value, hints[key], (str(key),)) if key in hints else ():
+                here = (*path, *inner)
+                yield f"{'.'.join(here)}={found_there} ({self.places.of(here)}): expected {wanted}" + (
+                    _how_to_quote(here, value) if SECTION in wanted else ""
+                )
         for key, value in node.items():
             yield from self.nested(value, (*path, str(key)))
 
@@ -220,11 +224,39 @@ def _is_open(value: Any) -> bool:
     return isinstance(value, str) and ("${" in value or value == "???")
 
 
+def _misfits(value: Any, annotation: Any, path: Path_) -> Iterator[tuple[Path_, Any, str]]:
+    """(where, what was found there, what it should have been): the value, or single ones of a `Mapping[str, ...]`."""
+    wanted = _misfit(value, annotation)
+    if wanted:
+        yield path, value, wanted
+    elif isinstance(value, Mapping):
+        sections = [each for each in _alternatives(annotation) if typing.get_origin(each) is abc.Mapping]
+        for key, inner in value.items() if len(sections) == 1 else ():
+            of_one = typing.get_args(sections[0])[1]
+            if not (inner is None and of_one is str):  # fields that a file has for a language: null is no such field
+                yield from _misfits(inner, of_one, (*path, str(key)))
+
+
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
+def _how_to_quote(path: Path_, value: object) -> str:
+    """A shell makes two words, a=b:1 and a=c:2, out of a={b:1,c:2}."""
+    name = str(value).partition(":")[0].strip() or "a"
+    return f".  On a command line in quotes, for the braces are the shell's too: '{'.'.join(path)}={{{name}: 1, ...}}'"
+
+
 def _misfit(value: Any, annotation: Any) -> str | None:
     """What a plain value should have been, or None where it fits or the annotation is not a plain one."""
     if _is_open(value):
         return None
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is abc.Mapping:
+        return None if isinstance(value, Mapping) else SECTION
+    if origin is abc.Sequence:
+        return None if isinstance(value, list) else "a list, [a, b]"
     if origin is typing.Annotated:
         return _misfit(value, arguments[0]) or _out_of_bounds(value, arguments[1:])
     if origin is typing.Literal:
@@ -277,13 +309,18 @@ def find(target: str) -> Any:
 
 
 def as_forced(override: str, folders: Sequence[Path]) -> str:
-    """`a.b=1` -> `++a.b=1`, so that an unknown key reaches our check; choices of a group stay as they are."""
+    """`a.b=1` -> `++a.b=1`, so that an unknown key reaches our check; choices of a group stay as they are, but null,
+    which Hydra says in another way."""
     name = override.lstrip("+~").partition("=")[0].partition("@")[0]
+    if override == "train.evaluator=null":
+        return "~train.evaluator"
     if "=" not in override and not override.startswith("~"):
         raise ConfigError(f"{override!r} is no key=value")
     if override.startswith(("~", "++")) or name.partition(".")[0] == "hydra":
         return override
     if any((folder / name).is_dir() for folder in folders):
+        if override.partition("=")[2] == "null":
+            return f"~{name}"
         return override.lstrip("+") if name == "experiment" else override
     if "/" in name:
         groups = [str(p.relative_to(folder)) for folder in folders for p in folder.rglob("*") if p.is_dir()]

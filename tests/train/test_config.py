@@ -121,11 +121,51 @@ def test_mistyped_key_in_a_file(tmp_path: Path, file: str, right: str, wrong: st
         ("model.qformer.dropout=1.5", "expected below 1"),
         ("model.image_text.temperature=0", "expected above 0"),
         ("model.image_text.embed_dim=0", "expected at least 1"),
+        (
+            "data.mixture.sources=mine",
+            r"sources=mine \(on the command.*: expected names with values.*quotes.*{mine: 1, ",
+        ),
+        ("data.mixture.sources=other:2", r"'data\.mixture\.sources={other: 1, \.\.\.}'"),  # of {mine:1,other:2} in bash
+        ("data.mixture.sources={mine: a}", r"data\.mixture\.sources\.mine=a \(on the command line.*expected a number"),
+        ("data.transform.scale=0.3", r"data\.transform\.scale=0\.3 .*expected a list, \[a, b\]"),
+        ("data.mixture.languages={en: null}", r"data\.mixture\.languages\.en=None .*expected a number"),
     ],
 )
 def test_impossible_value(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         compose("pretrain", [SMOKE, override])
+
+
+@pytest.mark.parametrize("override", ["train/evaluator=null", "train.evaluator=null", "~train/evaluator"])
+def test_null_is_no_evaluator(override: str) -> None:
+    """try_out adds keys to the evaluators it chooses; they go with them."""
+    for experiment in ("smoke_stage_two", "finetune/try_out"):
+        config = compose(
+            "finetune", [f"experiment={experiment}", "data.source.mine.path=x"][: 1 + ("/" in experiment)] + [override]
+        )
+        assert not any(config.train.evaluator.values())
+    assert compose(
+        "pretrain", ["experiment=smoke", "experiment=null", "data/source=scenes", "model/tokenizer=own_captions"]
+    )
+    with pytest.raises(ConfigError, match="unknown key train.evaluator.held_out .on the command line"):
+        words = ["data.source.mine.path=x", "train.evaluator.held_out.batch_size=3"]
+        compose("finetune", ["experiment=finetune/try_out", override, *words])
+
+
+def test_a_reference_into_null_names_both_keys() -> None:
+    expected = (
+        r"train\.evaluator\.held_out\.source\.path \(configs/train/evaluator/held_out.yaml, line \d+\) is "
+        r"\$\{data\.source\.mine\.path\}, but data\.source\.mine is null \(on the command line: .*=null\)"
+        r".* set train\.evaluator\.held_out=null too"
+    )
+    words = ["experiment=finetune/try_out", "data.source.mine=null"]
+    with pytest.raises(ConfigError, match=expected):
+        compose("finetune", words)
+    compose("finetune", [*words, "train.evaluator.held_out=null"])
+    with pytest.raises(
+        ConfigError, match=r"run\.name \(on the command.*is \$\{run\.nome\}, but there is no run\.nome$"
+    ):
+        compose("pretrain", [SMOKE, "run.name=${run.nome}"])
 
 
 def test_repeated_override_is_quoted_by_its_last_value() -> None:
