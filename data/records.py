@@ -11,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 
+TOO_DEEP = "lists or objects within one another, more than can be read"
+
+
 class Malformed(ValueError):
     """A row that is not what its format says; who reads the file adds where it stands."""
 
@@ -60,7 +63,7 @@ def read_rows(
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                value = json.loads(line)
+                value = _parsed(line)
             except ValueError as error:
                 what = f"expected a JSON value on a line, found {error}"
                 if bad_line is None:
@@ -74,7 +77,7 @@ def _whole(file: Path, text: str, under: str | None) -> list[Any] | None:
     """The list that the file is; None where it has a value on each line."""
     start = text.lstrip()[:1]
     try:
-        value = json.loads(text)
+        value = _parsed(text)
     except ValueError as error:
         if start == "[" and file.suffix.lower() != ".jsonl":
             raise ValueError(f"{file}: expected a JSON list, found {error}") from error
@@ -87,6 +90,14 @@ def _whole(file: Path, text: str, under: str | None) -> list[Any] | None:
         place = f" under {under!r}" if under else ""
         raise ValueError(f"{file}: expected a JSON list{place} or JSON lines, found {_shown(value)}")
     return value
+
+
+def _parsed(text: str) -> Any:
+    """Raises ValueError."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
 
 
 def as_object(value: object, name: str = "(the row)") -> Mapping[str, Any]:
@@ -128,5 +139,8 @@ def texts_of(record: Mapping[str, Any], name: str, what: str = "path") -> tuple[
 def _shown(value: object) -> str:
     if isinstance(value, str) and value.startswith("no such field"):
         return value
-    text = json.dumps(value, ensure_ascii=False, default=repr)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=repr)
+    except RecursionError:
+        return TOO_DEEP
     return text if len(text) <= 80 else text[:77] + "..."

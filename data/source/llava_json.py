@@ -74,7 +74,7 @@ def _line(item: object, field: str) -> tuple[str, str]:
     if not isinstance(item, Mapping):
         raise Malformed(field, "an object with from and value", item)
     role, words = item.get("from", item.get("role")), item.get("value", item.get("content"))
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise Malformed(f"{field}.from", f"one of {', '.join(ROLES)}", role)
     if not isinstance(words, str):
         raise Malformed(f"{field}.value", "text", words)

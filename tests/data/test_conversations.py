@@ -11,6 +11,7 @@ import pytest
 from data.batch import Dialogue, Turn
 from data.decode import open_image
 from data.language import language_of
+from data.records import Malformed
 from data.source import BadSample
 from data.source.columns import ColumnSource
 from data.source.dialogue_shards import DialogueShards
@@ -214,6 +215,7 @@ TURN = {"question": "q", "answer": "a"}
         (LlavaJson, {"conversations": [LINE]}, "an answer last, found \"1 lines\""),
         (LlavaJson, {"conversations": [LINE, LINE]}, r"turn 1, field 'conversations\[0\]': expected human, then"),
         (LlavaJson, {"conversations": [{"from": "dog", "value": "x"}, ANSWER]}, r"turn 1, .*\[0\].from': expected one"),
+        (LlavaJson, {"conversations": [{"from": ["human"], "value": "x"}, ANSWER]}, r"turn 1, .*\[0\].from': expected one"),
         (LlavaJson, {"conversations": [LINE, {"from": "gpt"}]}, r"turn 1, .*'conversations\[1\].value': expected text"),
         (LlavaJson, {"conversations": [SYSTEM, LINE, ANSWER, LINE, 3]}, r"turn 2, .*conversations\[4\]': expected an"),
         (LlavaJson, {"conversations": [SYSTEM, LINE, ANSWER, LINE, LINE]}, r"turn 2, .*conversations\[3\]': expected"),
@@ -266,6 +268,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "gbk.json").write_bytes('[{"prompt": "问", "label": "答"}]'.encode("gbk"))
     (tmp_path / "number.json").write_text("3")
     (tmp_path / "empty.json").write_text("[]")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "deep.jsonl").write_text('{"prompt": "q", "label": "a"}\n' + '{"a":' * 100_000)
     for name, message in [
         ("cut.json", "cut.json: expected a JSON list, found"),
         ("line.jsonl", "line.jsonl, row 2: expected a JSON value"),
@@ -273,9 +277,15 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ("number.json", "number.json: expected a JSON list or JSON lines, found 3"),
         ("empty.json", "no conversation in .*empty.json"),
         ("none.json", "no file at"),
+        ("deep.json", "deep.json: expected a JSON list, found .* within one another"),
+        ("deep.jsonl", "deep.jsonl, row 2: expected a JSON value on a line, found .* within one another"),
     ]:
         with pytest.raises(ValueError, match=message):
             VisualGLMJson(path=str(tmp_path / name))
+    deep: list[Any] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert "field 'label': expected text, found lists or objects within one" in str(Malformed("label", "text", deep))
 
 
 # ------- pictures
