@@ -10,7 +10,6 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-
 TOO_DEEP = "lists or objects within one another, more than can be read"
 
 

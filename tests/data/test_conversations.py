@@ -215,7 +215,7 @@ TURN = {"question": "q", "answer": "a"}
         (LlavaJson, {"conversations": [LINE]}, "an answer last, found \"1 lines\""),
         (LlavaJson, {"conversations": [LINE, LINE]}, r"turn 1, field 'conversations\[0\]': expected human, then"),
         (LlavaJson, {"conversations": [{"from": "dog", "value": "x"}, ANSWER]}, r"turn 1, .*\[0\].from': expected one"),
-        (LlavaJson, {"conversations": [{"from": ["human"], "value": "x"}, ANSWER]}, r"turn 1, .*\[0\].from': expected one"),
+        (LlavaJson, {"conversations": [{"from": ["human"], "value": "x"}, ANSWER]}, r"\[0\].from': expected one of"),
         (LlavaJson, {"conversations": [LINE, {"from": "gpt"}]}, r"turn 1, .*'conversations\[1\].value': expected text"),
         (LlavaJson, {"conversations": [SYSTEM, LINE, ANSWER, LINE, 3]}, r"turn 2, .*conversations\[4\]': expected an"),
         (LlavaJson, {"conversations": [SYSTEM, LINE, ANSWER, LINE, LINE]}, r"turn 2, .*conversations\[3\]': expected"),
