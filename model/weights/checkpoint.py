@@ -8,12 +8,12 @@ from __future__ import annotations
 import json
 import pickle
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
@@ -154,6 +154,9 @@ def _open_shards(path: Path, index: str) -> Checkpoint:
     weight_map = read_json(path / index)["weight_map"]
     if not weight_map or not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{path / index}: weight_map names no tensors with their files")
+    outside = sorted({file for file in weight_map.values() if PureWindowsPath(file).name != file})  # knows / and \
+    if outside:
+        raise ValueError(f"{path / index} names {outside[0]!r}: shards are files in the folder itself")
     absent = sorted({file for file in weight_map.values() if not (path / file).is_file()})
     if absent:
         raise ValueError(
@@ -205,16 +208,30 @@ def _open_safetensors(path: Path) -> Checkpoint:
     return Checkpoint(str(path), shapes, lambda name: _examined(file.get_tensor(name), name, path))
 
 
-def _open_torch(path: Path) -> Checkpoint:
-    mapped = zipfile.is_zipfile(path)  # tensors are paged in one by one; files older than torch 1.6 cannot be
+def load_torch(path: Path, *, allowed: Sequence[Any] = (), expected: str = "tensors") -> Any:
+    """What a file of torch's holds; tensors are mapped and paged in one by one, but those older than torch 1.6.
+
+    Args:
+        allowed: what may be in it beside tensors and plain data (`torch.serialization.safe_globals`).
+        expected: the same in words.
+    Raises:
+        ValueError: anything else is in it, or it is damaged.
+    """
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
+        first_line = str(error).partition("\n")[0]
         raise ValueError(
-            f"{path} holds more than tensors, which could be a program, or is damaged; only weights are read"
+            f"{path} holds more than {expected}, which could be a program, or is damaged; it is not read ({first_line})"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no readable torch file, perhaps cut short ({error})") from error
+    except Exception as error:  # of a damaged file any: OSError, KeyError, struct.error, AssertionError have been seen
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is no readable torch file, perhaps cut short ({reason})") from error
+
+
+def _open_torch(path: Path) -> Checkpoint:
+    loaded = load_torch(path)
     for key in ("model", "state_dict"):
         if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
             loaded = loaded[key]

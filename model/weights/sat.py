@@ -7,10 +7,8 @@ saves beside the weights; written so that VisualGLM's own code loads the folder.
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from model.weights import names, sat_lora, visualglm
-from model.weights.checkpoint import Checkpoint, Config, from_tensors, read_json
+from model.weights.checkpoint import Checkpoint, Config, from_tensors, load_torch, read_json
 from model.weights.filling import LoadReport
 from model.weights.visualglm import Entry, QkvOrder, Shape
 
@@ -168,7 +166,10 @@ def newest_file(folder: Path) -> Path:
     latest = folder / "latest"
     if not latest.is_file():
         raise ValueError(f"{folder} has no file `latest`, which names the checkpoint to read")
-    place = folder / latest.read_text("utf-8").strip()
+    name = latest.read_text("utf-8", errors="replace").strip()
+    if PureWindowsPath(name).name != name:
+        raise ValueError(f"{latest} names {name!r}: expected a folder beside it")
+    place = folder / name
     files = sorted(place.glob("mp_rank_*_model_states.pt"))
     if [file.name for file in files] != ["mp_rank_00_model_states.pt"]:
         raise ValueError(f"{place} holds {[file.name for file in files]}; expected mp_rank_00_model_states.pt alone")
@@ -177,16 +178,7 @@ def newest_file(folder: Path) -> Path:
 
 def read_module(file: Path) -> dict[str, Tensor]:
     """The `module` of a file of SAT's or DeepSpeed's, mapped, not read."""
-    try:
-        with torch.serialization.safe_globals(_numpy_random_state()):
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{file} holds more than weights and random states, which could be a program, or is damaged; it is not "
-            f"read ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is no readable torch file, perhaps cut short ({error})") from error
+    loaded = load_torch(file, allowed=_numpy_random_state(), expected="weights and random states")
     module = loaded.get("module") if isinstance(loaded, dict) else None
     if not isinstance(module, dict):
         raise ValueError(f"{file} has no weights under 'module', as SAT's checkpoints do")

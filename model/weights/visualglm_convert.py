@@ -32,7 +32,7 @@ _SAME_KEYS = {  # SAT's model_config.json <-> Hugging Face's config.json
     "max_sequence_length": "max_sequence_length",
     "image_length": "image_length",
     "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",  # SAT's files leave it out
+    "eos_token_id": "eos_token_id",
     "mask_token_id": "mask_token_id",
     "gmask_token_id": "gmask_token_id",
     "pad_token_id": "pad_token_id",
@@ -151,12 +151,14 @@ def _by_kind(names: list[str]) -> dict[str, int]:
 
 def _config(config: Mapping[str, Any], to: Layout) -> dict[str, Any]:
     """From SAT's keys."""
+    usual_eos = {"eos_token_id": config["bos_token_id"] + 1}  # SAT's files leave it out
     if to == "sat":
         names = {"model_class": "VisualGLMModel", "tokenizer_type": "THUDM/chatglm-6b", "layernorm_order": "post"}
-        return {**names, "model_parallel_size": 1, **config}
+        told = {key: value for key, value in config.items() if (key, value) not in usual_eos.items()}
+        return {**names, "model_parallel_size": 1, **told}
     own: dict[str, Any] = {"model_type": "chatglm", "architectures": ["ChatGLMForConditionalGenerationWithImage"]}
     shared = {theirs: config[ours] for ours, theirs in _SAME_KEYS.items() if ours in config}
-    return {**own, "position_encoding_2d": True, "eos_token_id": config["bos_token_id"] + 1, **shared}
+    return {**own, "position_encoding_2d": True, **usual_eos, **shared}
 
 
 def _module(layout: Layout) -> Any:

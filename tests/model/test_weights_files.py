@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from model.weights import chatglm_folder, sat, visualglm, visualglm_convert
-from model.weights.checkpoint import open_folder, read_config
+from model.weights.checkpoint import open_file, open_folder, read_config
 from tests.model.test_weights_sat import CONFIG, HF_CONFIG, chat_model
 
 INDEX = "model.safetensors.index.json"
@@ -41,12 +41,48 @@ def refused(run: Callable[[], Any]) -> str:
         ('{"weight_map": ["a"]}', "weight_map names no tensors"),
         ('{"weight_map": {"a": 1}}', "weight_map names no tensors"),
         ('{"weight_map": {"a": "a.safetensors", "b": "a.safetensors"}}', "b is not in a.safetensors"),
+        ('{"weight_map": {"a": "../OTHER/a.safetensors"}}', "names '../OTHER/a.safetensors': shards are files in the"),
+        ('{"weight_map": {"a": "OTHER/a.safetensors"}}', "names 'OTHER/a.safetensors'"),
+        (r'{"weight_map": {"a": "..\\a.safetensors"}}', r"names '..\\a.safetensors'"),
     ],
 )
 def test_a_broken_index_is_named(shards: Path, index: str, expected: str) -> None:
-    (shards / INDEX).write_text(index)
+    (shards / INDEX).write_text(index.replace("OTHER", shards.name))
+    expected = expected.replace("OTHER", shards.name)
     found = refused(lambda: open_folder(shards))
     assert str(shards / INDEX) in found and expected in found
+
+
+@pytest.mark.parametrize("is_zip", [True, False])  # torch's format, and the one before 1.6
+@pytest.mark.parametrize("name", ["a.bin", "a.pt", "a.pth", "mp_rank_00_model_states.pt"])
+def test_a_torch_file_that_was_cut_short(tmp_path: Path, name: str, is_zip: bool) -> None:
+    """At every 400th byte, and among the first 64: torch answers with errors of many kinds."""
+    file = tmp_path / name
+    read = sat.read_module if name.startswith("mp_rank") else open_file
+    tensors = {f"layers.{number}.weight": torch.randn(20, 100) for number in range(8)}
+    torch.save({"module": tensors} if read is sat.read_module else tensors, file, _use_new_zipfile_serialization=is_zip)
+    whole = file.read_bytes()
+    assert len(whole) > 64_000 and read(file)
+    for size in [*range(64), *range(64, len(whole), 400)]:
+        file.write_bytes(whole[:size])
+        assert str(file) in refused(lambda: read(file)), size
+
+
+@pytest.mark.parametrize("place", [0, 30, 300])
+def test_a_torch_file_whose_beginning_is_other_bytes(tmp_path: Path, place: int) -> None:
+    torch.save({"a": torch.zeros(3)}, tmp_path / "a.bin")
+    whole = bytearray((tmp_path / "a.bin").read_bytes())
+    for value in range(0, 256, 5):
+        whole[place : place + 40] = bytes([value]) * 40
+        (tmp_path / "a.bin").write_bytes(whole)
+        assert str(tmp_path / "a.bin") in refused(lambda: open_file(tmp_path / "a.bin")), value
+
+
+@pytest.mark.parametrize("name", ["../1", "/tmp", "1/..", "..\\1"])
+def test_a_checkpoint_is_in_its_folder(tmp_path: Path, name: str) -> None:
+    folder = sat.write(chat_model(1), tmp_path / "sat", CONFIG)
+    (folder / "latest").write_text(name)
+    assert f"{folder / 'latest'} names {name!r}" in refused(lambda: sat.open_folder(folder))
 
 
 @pytest.mark.parametrize(
