@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -74,55 +75,73 @@ class Lora:
     """Low-rank updates W x + (alpha / rank) B A x (arXiv 2106.09685), through peft.
 
     Args:
-        rank: of every update.
+        rank: of every update; None is 8.
         alpha: None is twice the rank.  VisualGLM's own has alpha 1, a tenth of the update at rank 10.
         dropout: on what goes into A.
         target_modules: names of linear maps of the language model; None is all of its blocks (`llm.lora_targets`),
             as QLoRA's paper found it needs (arXiv 2305.14314 section 4).  The output head only if it is named.
         layer_range: [a, b): blocks a to b - 1 of the language model; None is all of them.
-        rslora: scale by alpha / sqrt(rank) (arXiv 2312.03732).
-        dora: magnitude and direction apart (arXiv 2402.09353); not under ZeRO-3.
+        rslora: scale by alpha / sqrt(rank) (arXiv 2312.03732); None is no.
+        dora: magnitude and direction apart (arXiv 2402.09353); not under ZeRO-3; None is no.
         parts: where adapters sit: llm, qformer, projection, vision.  What has one is frozen but for it; Q-Former,
             projection and encoder get theirs on every linear map.
-        start: folder of an adapter to go on from (`adapter/` of a run), of the same rank and places; what trained
-            beside it comes along.
+        start: folder of an adapter to go on from: `adapter/` of a run, what peft saved, or a converted LoRA of
+            VisualGLM's, whose maps have several ranks.  Rank, alpha, rslora, dora, target modules and layers are those
+            of the folder, and None here or equal; `parts` names all that have one there, and others begin new.  What
+            trained beside it comes along.
     """
 
-    rank: int = 8
+    rank: int | None = None
     alpha: float | None = None
     dropout: float = 0.0
     target_modules: Sequence[str] | None = None
     layer_range: Sequence[int] | None = None
-    rslora: bool = False
-    dora: bool = False
+    rslora: bool | None = None
+    dora: bool | None = None
     parts: Sequence[str] = ("llm",)
     start: str | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"model.adapter.rank is {self.rank}; it has to be 1 or more")
-        if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(f"model.adapter.alpha is {self.alpha}; at 0 or below nothing would be learned")
-        unknown = [part for part in self.parts if part not in PARTS]
-        if unknown or not self.parts:
-            raise ValueError(f"model.adapter.parts is {list(self.parts)}; it can hold {', '.join(PARTS)}")
-        if self.layer_range is not None and len(self.layer_range) != 2:
-            raise ValueError(
-                f"model.adapter.layer_range is {list(self.layer_range)}; it is two numbers [a, b): blocks a to b - 1"
-            )
+        targets, blocks, parts = self.target_modules, self.layer_range, self.parts
+        for key, fits, wanted in (
+            ("rank", self.rank is None or self.rank >= 1, "it has to be 1 or more"),
+            ("alpha", self.alpha is None or 0 < self.alpha < math.inf, "at 0 or below nothing would be learned"),
+            ("dropout", 0 <= self.dropout < 1, "it has to be at least 0 and below 1"),
+            (
+                "target_modules",
+                targets is None or _is_list(targets, str),
+                "it has to be a list of names: [query_key_value] for instance",
+            ),
+            (
+                "layer_range",
+                blocks is None or (_is_list(blocks, int) and len(blocks) == 2),
+                "it is two numbers [a, b): blocks a to b - 1",
+            ),
+            (
+                "parts",
+                _is_list(parts, str) and parts and all(part in PARTS for part in parts),
+                f"it can hold {', '.join(PARTS)}, as a list: [llm] for instance",
+            ),
+        ):
+            if not fits:
+                raise ValueError(f"model.adapter.{key} is {getattr(self, key)!r}; {wanted}")
 
     def check(self, llm: LanguageModel) -> None:
-        if "llm" in self.parts:
+        started = self._started()
+        if "llm" in self.parts and "llm" not in started:
             self._llm_config(llm)
         if self.start is not None:
-            from model.weights.adapter_folder import read_about
+            self._compare(started, llm)
+            from model.weights.adapter_folder import check
 
-            read_about(Path(self.start).expanduser())
+            check(llm, Path(self.start).expanduser())
 
     def prepare(self, model: VisualChatModel, *, device: torch.device) -> None: ...
 
     def attach(self, model: VisualChatModel, *, device: torch.device) -> None:
         refuse_empty(model)
+        if self.start is not None:
+            self.check(model.llm)
         self.put_on(model)
         if self.start is not None:
             from model.weights.adapter_folder import load
@@ -130,13 +149,55 @@ class Lora:
             load(model, Path(self.start).expanduser())
 
     def put_on(self, model: VisualChatModel) -> None:
+        started = self._started()
+        for config in started.values():
+            config.inference_mode, config.lora_dropout = False, self.dropout
+            config.use_dora = config.use_dora and self.dora is not False  # which a rehearsal says
         for part in ("llm", "qformer", "vision", "projection"):  # the order in which they draw
             if part in self.parts:
-                put(model, part, self._part_config(model, part))
+                put(model, part, started.get(part) or self._part_config(model, part))
+        if started:
+            from model.weights.adapter_folder import require_fit
+
+            require_fit(model, Path(str(self.start)).expanduser())
 
     def check_zero3(self) -> None:
-        if self.dora:
+        if self.dora or any(config.use_dora for config in self._started().values()):
             raise ValueError("model.adapter.dora reads frozen weights whole: use train.engine.zero_stage 0, 1 or 2")
+
+    def _started(self) -> dict[str, Any]:
+        """part -> peft's config of the adapter to go on from"""
+        if self.start is None:
+            return {}
+        from model.weights.adapter_folder import read_configs
+
+        return read_configs(Path(self.start).expanduser())
+
+    def _compare(self, started: Mapping[str, Any], llm: LanguageModel) -> None:
+        """What is given has to be what the folder has: with another alpha its update would be another."""
+        if not set(started) <= set(self.parts):
+            raise ValueError(
+                f"model.adapter.parts is {list(self.parts)}; {self.start} has adapters on {', '.join(started)}: "
+                f"name them all"
+            )
+        depth = _depth(llm.network, llm.layers_pattern)
+        for part, config in started.items():
+            there = {"rank": config.r, "alpha": config.lora_alpha, "rslora": config.use_rslora, "dora": config.use_dora}
+            if part == "llm":
+                targets = config.target_modules
+                there["target_modules"] = targets if isinstance(targets, str) else sorted(targets or ())
+                there["layer_range"] = _blocks(config.layers_to_transform, depth)
+            own = {key: getattr(self, key) for key in there if getattr(self, key) is not None}
+            if "target_modules" in own:
+                own["target_modules"] = sorted(own["target_modules"])
+            if "layer_range" in own:
+                own["layer_range"] = _blocks(range(*own["layer_range"]), depth)
+            for key, value in own.items():
+                if value != there[key]:
+                    raise ValueError(
+                        f"model.adapter.{key} is {value}; the adapter on {part} in {self.start} has {there[key]}: "
+                        f"the two have to be equal, or model.adapter.{key}=null takes what is there"
+                    )
 
     def _part_config(self, model: VisualChatModel, part: str) -> Any:
         if part == "llm":
@@ -175,13 +236,14 @@ class Lora:
     def _config(self, targets: Sequence[str], **more: Any) -> Any:
         from peft import LoraConfig
 
+        rank = 8 if self.rank is None else self.rank
         return LoraConfig(
-            r=self.rank,
-            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
+            r=rank,
+            lora_alpha=2 * rank if self.alpha is None else self.alpha,
             lora_dropout=self.dropout,
             target_modules=list(targets),
-            use_rslora=self.rslora,
-            use_dora=self.dora,
+            use_rslora=bool(self.rslora),
+            use_dora=bool(self.dora),
             bias="none",
             **more,
         )
@@ -264,6 +326,16 @@ def refuse_empty(model: nn.Module) -> None:
             f"{len(empty)} tensors were built without memory and came from no checkpoint (first: {empty[0]}): name one "
             f"in model.weights, or build the part with device=cpu"
         )
+
+
+def _is_list(value: object, kind: type) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(x, kind) for x in value)
+
+
+def _blocks(layers: Sequence[int] | int | None, depth: int) -> str:
+    """peft's `layers_to_transform` in words."""
+    numbers = range(depth) if layers is None else [layers] if isinstance(layers, int) else layers
+    return f"blocks {', '.join(map(str, sorted(numbers)))}"
 
 
 def _depth(network: nn.Module, pattern: str) -> int:

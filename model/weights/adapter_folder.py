@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model.adapter import NAME, ROOTS, put
+from model.llm.base import LanguageModel
 from model.visual_chat import VisualChatModel
 from model.weights.checkpoint import Checkpoint, examining, open_file, read_json
 from model.weights.filling import LoadReport, Part, fill
@@ -64,7 +65,7 @@ def save(model: VisualChatModel, trained: Mapping[str, Tensor], folder: Path, *,
     about = {
         "format": 1,
         "base_model": base_model,
-        **_kind(model),
+        **_kind(model.llm),
         "quantised": "nf4" if getattr(model.llm.network, "is_loaded_in_4bit", False) else None,
         "adapters": parts,
         "trained": {"file": TRAINED, "parts": sorted({name.split(".")[0] for name in left})} if left else None,
@@ -82,7 +83,7 @@ def load(model: VisualChatModel, folder: Path) -> LoadReport:
         ValueError: no adapter there, one for another family, prompt, rows, names or shapes.
     """
     about = read_about(folder)
-    _check_kind(model, about, folder)
+    _check_kind(model.llm, about, folder)
     warn_of_other_base(about, model.llm.loaded_from, folder)
     report = LoadReport(str(folder))
     for part, place in about["adapters"].items():
@@ -96,6 +97,29 @@ def load(model: VisualChatModel, folder: Path) -> LoadReport:
         whole = fill(model, checkpoint, [Part(n, (n,), n.split(".")[0]) for n in names if n in checkpoint.shapes])
         report.loaded |= whole.loaded
     return report
+
+
+def check(llm: LanguageModel, folder: Path) -> None:
+    """What can be known of a saved adapter before there is a model to put it on.
+
+    Raises:
+        ValueError: see `load`.
+    """
+    about = read_about(folder)
+    _check_kind(llm, about, folder)
+    for place in about["adapters"].values():
+        read_peft(folder / place)
+    if about.get("trained"):
+        open_file(folder / about["trained"]["file"])
+
+
+def require_fit(model: VisualChatModel, folder: Path) -> None:
+    """Raises ValueError: matrices of a saved adapter have no place in those of the model, or another shape.
+
+    Shapes are enough, so the model may be without memory.
+    """
+    for part, place in read_about(folder)["adapters"].items():
+        _require_fit(model, part, folder / place, open_file(folder / place / WEIGHTS).shapes)
 
 
 def read_about(folder: Path) -> dict[str, Any]:
@@ -117,6 +141,14 @@ def read_peft(place: Path) -> tuple[Any, dict[str, Tensor]]:
         ValueError: a file is missing, damaged or holds NaN or infinity, a matrix has another rank than the config
             says, or the adapter is of another kind than LoRA.
     """
+    config, checkpoint = read_config(place), open_file(place / WEIGHTS)
+    _require_ranks(config, checkpoint)
+    with examining():
+        return config, {name.removeprefix(_PEFT): checkpoint.read(name) for name in checkpoint.shapes}
+
+
+def read_config(place: Path) -> Any:
+    """peft's own configuration.  Raises ValueError: see `read_peft`."""
     from peft import LoraConfig
 
     absent = [name for name in (CONFIG, WEIGHTS) if not (place / name).is_file()]
@@ -132,10 +164,12 @@ def read_peft(place: Path) -> tuple[Any, dict[str, Tensor]]:
     except (TypeError, ValueError) as error:
         raise ValueError(f"peft does not read {place / CONFIG} ({error})") from error
     config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
-    checkpoint = open_file(place / WEIGHTS)
-    _require_ranks(config, checkpoint)
-    with examining():
-        return config, {name.removeprefix(_PEFT): checkpoint.read(name) for name in checkpoint.shapes}
+    return config
+
+
+def read_configs(folder: Path) -> dict[str, Any]:
+    """part -> peft's configuration of the adapter saved for it"""
+    return {part: read_config(folder / place) for part, place in read_about(folder)["adapters"].items()}
 
 
 def rank_and_alpha(config: Any, module: str) -> tuple[int, float]:
@@ -175,28 +209,28 @@ def adapted(model: VisualChatModel) -> dict[str, Any]:
     return {part: configs[NAME] for part, configs in found.items() if configs}
 
 
-def qkv_order(model: VisualChatModel) -> str:
+def qkv_order(llm: LanguageModel) -> str:
     """`per_head` where query, key and value share one map (ChatGLM-6B), `separate` where each has its own."""
-    joint = any(name.endswith("query_key_value") for name, _ in model.llm.network.named_modules())
+    joint = any(name.endswith("query_key_value") for name, _ in llm.network.named_modules())
     return "per_head" if joint else "separate"
 
 
-def _kind(model: VisualChatModel) -> dict[str, Any]:
+def _kind(llm: LanguageModel) -> dict[str, Any]:
     """What a model has to have in common with the one that an adapter was trained on, by its names in queqiao.json."""
-    codec = model.llm.codec
+    codec = llm.codec
     return {
-        "language_model": type(model.llm).__name__,
+        "language_model": type(llm).__name__,
         "template": None if codec is None else type(codec).__name__,
         "num_image_tokens": None if codec is None else codec.num_image_tokens,
-        "qkv_order": qkv_order(model),
+        "qkv_order": qkv_order(llm),
     }
 
 
-def _check_kind(model: VisualChatModel, about: Mapping[str, Any], folder: Path) -> None:
+def _check_kind(llm: LanguageModel, about: Mapping[str, Any], folder: Path) -> None:
     """Equal names and shapes are not enough: ChatGLM2's fit ChatGLM3.  What peft alone wrote says nothing of these."""
     differing = [
         f"{_WORDS[key]} {about[key]!r}, this model has {own!r}"
-        for key, own in _kind(model).items()
+        for key, own in _kind(llm).items()
         if own is not None and about.get(key) not in (None, own)
     ]
     if differing:
@@ -228,19 +262,54 @@ def _load_peft(model: VisualChatModel, part: str, place: Path, report: LoadRepor
 
     config, tensors = read_peft(place)
     config.inference_mode = False
-    if part not in adapted(model):
+    own = adapted(model).get(part)
+    if own is None:
         put(model, part, config)
+    else:
+        _require_equal_scale(own, config, part, place)
+    _require_fit(model, part, place, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
     try:
         outcome = set_peft_model_state_dict(_root(model, part, config), tensors, NAME)
-    except RuntimeError as error:
+    except RuntimeError as error:  # of a magnitude
         raise ValueError(f"{place} does not fit this model's {part}: {error}") from error
     missing = [name for name in outcome.missing_keys if "lora_" in name]
     if missing or outcome.unexpected_keys:
-        raise ValueError(
-            f"{place} does not fit this model's {part}: {len(missing)} tensors are missing ({missing[:2]}), "
-            f"{len(outcome.unexpected_keys)} are not known ({list(outcome.unexpected_keys)[:2]})"
-        )
+        raise ValueError(_misfit(place, part, missing, list(outcome.unexpected_keys)))
     report.loaded |= {f"{part}: {name}": tensor.numel() for name, tensor in tensors.items()}
+
+
+def _require_equal_scale(own: Any, config: Any, part: str, place: Path) -> None:
+    """Equal matrices add something else where alpha, rank or their use differ."""
+    for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
+        if getattr(own, key) != getattr(config, key):
+            raise ValueError(
+                f"{place / CONFIG} has {key} {getattr(config, key)}; the adapter on this model's {part} has "
+                f"{getattr(own, key)}"
+            )
+
+
+def _require_fit(model: VisualChatModel, part: str, place: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    from peft.utils import get_peft_model_state_dict
+
+    root = _root(model, part, adapted(model)[part])
+    matrices = {name: p for name, p in root.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+    own = get_peft_model_state_dict(root, matrices, NAME, save_embedding_layers=False)
+    there = {name.removeprefix(_PEFT): shape for name, shape in shapes.items() if "lora_magnitude" not in name}
+    missing, unknown = (sorted(set(a) - set(b)) for a, b in ((own, there), (there, own)))
+    if missing or unknown:
+        raise ValueError(_misfit(place, part, missing, unknown))
+    for name, parameter in own.items():
+        if tuple(parameter.shape) != there[name]:
+            raise ValueError(
+                f"{place} does not fit this model's {part}: {name} is {list(there[name])}; "
+                f"{list(parameter.shape)} was expected"
+            )
+
+
+def _misfit(place: Path, part: str, missing: list[str], unknown: list[str]) -> str:
+    found = ((missing, "are missing"), (unknown, "are not known"))
+    told = ", ".join(f"{len(names)} tensors {what} (first: {names[0]})" for names, what in found if names)
+    return f"{place} does not fit this model's {part}: {told}"
 
 
 def _root(model: VisualChatModel, part: str, config: Any) -> nn.Module:
