@@ -24,7 +24,7 @@ from model.spread import gpus, spread
 from model.visual_chat import VisualChatModel
 from model.weights import adapter_folder, ours, sat, stage_two, visualglm, visualglm_convert
 from model.weights.adapter_folder import ABOUT, TRAINED
-from model.weights.checkpoint import open_file
+from model.weights.checkpoint import in_precision, open_file
 from model.weights.filling import Home, send_home
 
 CONFIG, TOKENIZER = "config.yaml", "ice_text.model"
@@ -109,10 +109,14 @@ def device_of(wish: str) -> torch.device:
 
 
 def in_one_precision(model: nn.Module, dtype: torch.dtype) -> None:
-    """Weights only: means, angles and what is quantised keep theirs."""
-    for parameter in model.parameters():
+    """Weights only: means, angles and what is quantised keep theirs.
+
+    Raises:
+        ValueError: a number that the precision cannot hold.
+    """
+    for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = in_precision(parameter.data, dtype, name)
 
 
 # ------------------------------------------------------------------------------------------------- a run of finetune.py

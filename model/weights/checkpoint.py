@@ -97,6 +97,24 @@ def require_finite(tensor: Tensor, name: str, file: str | Path) -> None:
         )
 
 
+def in_precision(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Raises ValueError: numbers that end as infinity there."""
+    converted = tensor.to(dtype)
+    if converted.dtype != tensor.dtype and not is_finite(converted):
+        raise too_large(tensor, dtype, name)
+    return converted
+
+
+def too_large(tensor: Tensor, dtype: torch.dtype, name: str, kept: str = "it") -> ValueError:
+    """The file is sound: another precision is the way out."""
+    largest = max(map(float, _countable(tensor).aminmax()), key=abs)
+    return ValueError(f"{name} has {largest:g}, {kept} is kept in {end_of(dtype)}: take bfloat16 or float32")
+
+
+def end_of(dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')}, which ends at {torch.finfo(dtype).max:g}"
+
+
 def _countable(tensor: Tensor) -> Tensor:
     """torch finds no minimum in 8 bits."""
     return tensor.detach().float() if tensor.element_size() == 1 else tensor.detach()

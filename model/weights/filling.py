@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from model.weights.checkpoint import Checkpoint, examining, is_finite
+from model.weights.checkpoint import Checkpoint, examining, is_finite, too_large
 
 Rows = tuple[int, int]
 
@@ -221,12 +221,8 @@ def _require_finite(arrived: Tensor, part: Part, checkpoint: Checkpoint, source:
     if is_finite(arrived):
         return
     with examining():
-        largest = max(map(float, checkpoint.read(source).aminmax()), key=abs)
-    raise ValueError(
-        f"{source} of {checkpoint.path} has {largest:g}, {part.target} is kept in "
-        f"{str(arrived.dtype).removeprefix('torch.')}, which ends at {torch.finfo(arrived.dtype).max:g}: take bfloat16 "
-        f"or float32"
-    )
+        sound = checkpoint.read(source)
+    raise too_large(sound, arrived.dtype, f"{source} of {checkpoint.path}", part.target)
 
 
 def _misfit(part: Part, target: Tensor, checkpoint: Checkpoint, source: str, taken: str = "") -> ValueError:

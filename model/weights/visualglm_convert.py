@@ -92,7 +92,8 @@ def convert(
         writing.write_folder(converted, target, max_shard_bytes=max_shard_bytes, metadata=metadata)
         writing.write_json(target / "config.json", _config(config, to))
     else:
-        tensors = {name: converted.read(name) for name in converted.shapes}  # SAT knows one file; ours are mapped
+        # SAT knows one file; ours are mapped
+        tensors = {name: writing.read_finite(converted, name) for name in converted.shapes}
         sat.write_tensors(tensors, target, _config(config, to), num_heads=config["num_attention_heads"])
     writing.write_json(target / RECORD, {**metadata, "left_out": left_out})
     writing.copy_files(source, target, _COMES_ALONG)

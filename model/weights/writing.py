@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.weights.checkpoint import Checkpoint
+from model.weights.checkpoint import Checkpoint, end_of, examining, is_finite
 
 MAX_SHARD_BYTES = 1024**3
 
@@ -26,13 +26,25 @@ def write_folder(
     Returns:
         The dtype of the first tensor.
     Raises:
-        ValueError: the folder is not empty.
+        ValueError: the folder is not empty, or a tensor has NaN or infinity in it; nothing is left there then.
     """
-    from safetensors.torch import save_file
-
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: nothing was written")
+    was_there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return _write(checkpoint, folder, max_shard_bytes, metadata)
+    except ValueError:
+        for file in folder.iterdir():
+            file.unlink()
+        if not was_there:
+            folder.rmdir()
+        raise
+
+
+def _write(checkpoint: Checkpoint, folder: Path, max_shard_bytes: int, metadata: Mapping[str, str]) -> torch.dtype:
+    from safetensors.torch import save_file
+
     dtype, total, place = None, 0, {}
     parts: list[Path] = []
     for shard in _shards(checkpoint, max_shard_bytes):
@@ -54,6 +66,26 @@ def write_folder(
     return dtype
 
 
+def read_finite(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor that is to be written.
+
+    Looked at as it will be stored, in one pass, since a precision may end too early; only one that is not finite is
+    read again, to find the file at fault.
+
+    Raises:
+        ValueError: there is NaN or infinity in it.
+    """
+    tensor = checkpoint.read(name)
+    if not is_finite(tensor):
+        with examining():
+            checkpoint.read(name)
+        raise ValueError(
+            f"{name} of {checkpoint.path} has numbers that do not fit into {end_of(tensor.dtype)}: take bfloat16 or "
+            f"float32"
+        )
+    return tensor
+
+
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
@@ -69,7 +101,7 @@ def _shards(checkpoint: Checkpoint, max_bytes: int) -> Iterator[dict[str, Tensor
     shard: dict[str, Tensor] = {}
     size = 0
     for name in checkpoint.shapes:
-        tensor = checkpoint.read(name).clone(memory_format=torch.contiguous_format)  # a slice shares its memory
+        tensor = read_finite(checkpoint, name).clone(memory_format=torch.contiguous_format)  # a slice shares its memory
         if shard and size + tensor.nbytes > max_bytes:
             yield shard
             shard, size = {}, 0

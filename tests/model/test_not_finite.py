@@ -15,10 +15,24 @@ from torch import nn
 from model.adapter import Lora
 from model.assemble import assemble, language_model
 from model.image_text import ImageTextModel
+from model.llm.chatglm import SPECIAL
+from model.llm.pieces import Pieces
+from model.load import load
 from model.qformer import QFormer
 from model.quantise import shape_like_quantised
 from model.vision.encoder import vision_from_folder
-from model.weights import adapter_folder, chatglm_folder, initialise, lavis, sat, stage_two
+from model.weights import (
+    adapter_folder,
+    chatglm_folder,
+    glm,
+    initialise,
+    lavis,
+    merging,
+    sat,
+    stage_two,
+    visualglm_convert,
+    writing,
+)
 from model.weights.checkpoint import from_tensors, is_finite
 from model.weights.filling import Home, Part, fill, send_home
 from tests.model import test_weights_bert as bert_reference
@@ -27,7 +41,7 @@ from tests.model.glm_common import train_sentencepieces
 from tests.model.test_weights_sat import CONFIG, HF_CONFIG, chat_model
 from tests.model.weights_common import QFORMER, small_model
 from tests.tiny_chat import tiny_chat, train_pieces
-from tests.tiny_run import chatglm_nodes, glm_nodes
+from tests.tiny_run import SIZES, chatglm_nodes, glm_nodes
 
 NAN, INFINITE = float("nan"), float("inf")
 
@@ -188,6 +202,80 @@ def test_a_number_too_large_for_the_precision_is_told_apart() -> None:
     tensors = {"w": torch.tensor([[1.0, -7e4]])}
     with pytest.raises(ValueError, match=r"w of a\.pth has -70000, weight is kept in float16, which ends at 65504"):
         fill(linear, from_tensors(tensors, "a.pth"), [Part("weight", ("w",), "all")])
+
+
+def too_large_for_fp16(folder: Path, pieces: Path) -> Path:
+    """VisualGLM whose Q-Former has 70000 somewhere, which bfloat16 and float32 hold."""
+    model = chat_model(1)
+    model.get_parameter(NORM).data[3] = 7e4
+    known = Pieces(pieces, special=SPECIAL.values())
+    ids = {f"{role}_token_id": known.id_of(piece) for role, piece in SPECIAL.items()}
+    sections = {"eva_config": CONFIG["eva_args"], "qformer_config": CONFIG["qformer_args"]}
+    return chatglm_folder.write(model, folder, {**HF_CONFIG, **ids, **sections, "image_length": 5})
+
+
+NORM = "qformer.layers.1.self_attention.output.norm.weight"
+
+
+def test_what_is_converted_after_it_has_arrived(tmp_path: Path) -> None:
+    pieces = train_pieces(tmp_path / "ice_text.model")
+    folder = too_large_for_fp16(tmp_path / "hf", pieces)
+    for dtype in ("bfloat16", "float32"):
+        found = load(folder, tokenizer=pieces, qkv_order="per_head", device="cpu", dtype=dtype)
+        assert all(is_finite(parameter) for parameter in found.parameters())
+    with pytest.raises(ValueError, match=f"{NORM} has 70000, it is kept in float16, which ends at 65504"):
+        load(folder, tokenizer=pieces, qkv_order="per_head", device="cpu", dtype="float16")
+
+
+@pytest.mark.parametrize("to", ["sat", "huggingface"])
+@pytest.mark.parametrize("value", [NAN, INFINITE])
+def test_a_conversion_of_visualglm(tmp_path: Path, to: Any, value: float) -> None:
+    """In the second shard: the first is taken away again."""
+    sat.write(chat_model(1), tmp_path / "theirs", CONFIG)
+    name = "transformer.layers.2.attention.query_key_value.weight"
+    file = spoil(tmp_path / "theirs", name, value)
+    out = tmp_path / "out"
+    convert = lambda: visualglm_convert.convert(  # noqa: E731
+        tmp_path / "theirs", out, to=to, qkv_order="blocks", target_order="per_head", max_shard_bytes=30_000
+    )
+    refused(file, name, convert)
+    assert not out.exists()
+    spoil(tmp_path / "theirs", name, 0.0)
+    convert()
+    assert any(out.iterdir())
+
+
+def test_a_conversion_of_chatglm3(tmp_path: Path) -> None:
+    nodes = glm_nodes(train_sentencepieces(tmp_path / "tokenizer.model"), tmp_path / "base")
+    assert nodes
+    name = "model.layers.1.mlp.gate_up_proj.weight"
+    file = spoil(tmp_path / "base", name)
+    out = tmp_path / "out"
+    out.mkdir()
+    refused(file, name, lambda: glm.convert(tmp_path / "base", out, family="chatglm3"))
+    assert list(out.iterdir()) == []
+
+
+def test_the_base_of_a_merge(tmp_path: Path) -> None:
+    pieces = train_pieces(tmp_path / "ice_text.model")
+    chatglm_nodes(pieces, tmp_path / "base")
+    model = tiny_chat(pieces, llm=SIZES)
+    Lora(rank=2).attach(model, device=torch.device("cpu"))
+    trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    adapter_folder.save(model, trained, tmp_path / "adapter")
+    name = "transformer.layers.1.attention.query_key_value.weight"
+
+    def merge(dtype: torch.dtype) -> torch.dtype:
+        checkpoint = merging.merged(tmp_path / "base", tmp_path / "adapter", qkv_order="per_head", dtype=dtype)
+        return writing.write_folder(checkpoint, tmp_path / "merged", metadata={})
+
+    file = spoil(tmp_path / "base", name)
+    refused(file, name, lambda: merge(torch.bfloat16))
+    spoil(tmp_path / "base", name, 7e4)
+    with pytest.raises(ValueError, match=f"{name} of .* do not fit into float16, which ends at 65504: take bfloat16"):
+        merge(torch.float16)
+    assert not (tmp_path / "merged").exists()
+    assert merge(torch.bfloat16) == torch.bfloat16
 
 
 def test_what_the_model_does_not_take_may_be_anything() -> None:
