@@ -289,9 +289,10 @@ def resolve_order(
         order = order or recorded
         if order is None:
             raise ValueError(
-                f"{checkpoint.path} does not say in which order the rows of query_key_value are. Give --qkv-order: "
-                f"blocks (SAT 0.4.1 and later, VisualGLM-6B as released since) or per_head (Hugging Face folders, SAT "
-                f"before 0.4.1, XrayGLM); the wrong one loads without an error and answers nonsense"
+                f"{checkpoint.path} does not say in which order the rows of query_key_value are. Give --qkv-order (of a "
+                f"run: model.weights.qkv_order): blocks (SAT 0.4.1 and later, VisualGLM-6B as released since) or "
+                f"per_head (Hugging Face folders, SAT before 0.4.1, XrayGLM); the wrong one loads without an error and "
+                f"answers nonsense"
             )
         return order
     shown = _shown_order(checkpoint, reference, num_heads)
