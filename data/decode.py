@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import AvifImagePlugin, Image, TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin
@@ -16,6 +18,9 @@ MAX_PIXELS = 80_000_000
 # Pillow would try every format it knows, among them some that start other programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 _REGISTERED = (AvifImagePlugin, TiffImagePlugin, WebPImagePlugin)  # importing is what makes Pillow know them
+TAIL = 64  # bytes
+_ENDS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND"}
+_TIFF_STRIPS = ((273, 279), (324, 325))  # tags of offsets and byte counts: of strips, of tiles
 _ORIENTATION = 0x0112
 _TURN = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -55,22 +60,55 @@ def open_image(
     return image
 
 
-def check_header(file: Path) -> None:
-    """Raises BadSample as `open_image` would, from the beginning of the file."""
+def looks_whole(file: Path) -> bool:
+    """Whether it begins as a picture does and reaches as far as its format says, by its first and its last bytes.
+
+    False is no verdict, since phones write more behind the end of a picture; `check_whole` decodes it.
+    Raises BadSample as `open_image` does.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            Image.open(file, formats=FORMATS).close()
+        with file.open("rb") as opened, Image.open(opened, formats=FORMATS) as image:
+            return _reaches_its_end(image, opened)
     except Exception:  # of many kinds; the whole of it tells why
         open_image(file.read_bytes())
+        return False
+
+
+def _reaches_its_end(image: Image.Image, file: BinaryIO) -> bool:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - TAIL))
+    tail = file.read(TAIL)
+    if image.format in _ENDS:
+        return _ENDS[image.format] in tail
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        strips = [zip(image.tag_v2.get(at, ()), image.tag_v2.get(long, ()), strict=False) for at, long in _TIFF_STRIPS]
+        return all(start + length <= size for pairs in strips for start, length in pairs)
+    if image.format == "GIF":
+        return tail.rstrip(b"\0").endswith(b";")
+    if image.format == "BMP":
+        file.seek(2)
+        return int.from_bytes(file.read(4), "little") <= size  # its length, which some writers leave at 0
+    end = 0
+    while image.format == "AVIF" and end < size:  # boxes, each with its length first, one after the other
+        file.seek(end)
+        length = int.from_bytes(file.read(4), "big")
+        if length < 8:  # 0 is to the end, 1 has the length elsewhere
+            break
+        end += length
+    return end <= size  # WebP that is cut does not open at all
+
+
+def check_whole(file: Path) -> None:
+    """Raises BadSample as training would; the whole file is read and decoded."""
+    resize(open_image(file.read_bytes()), (1, 1), draft=True)
 
 
 def _why_unreadable(raw: bytes) -> str:
     """A file that was cut within its header looks to Pillow like any other, and so does one of a hospital's archive."""
     if raw[128:132] == b"DICM":
         return "DICOM file (export it as PNG)"
-    ends = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG": b"IEND"}
-    cut = any(raw.startswith(start) and end not in raw[-64:] for start, end in ends.items())
+    starts = {b"\xff\xd8\xff": "JPEG", b"\x89PNG": "PNG"}
+    cut = any(raw.startswith(start) and _ENDS[kind] not in raw[-TAIL:] for start, kind in starts.items())
     return "truncated image" if cut else "unreadable image"
 
 

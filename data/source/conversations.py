@@ -72,9 +72,12 @@ class ConversationSource:
         malformed: "error" stops at a row that is not as expected, or a line that is no JSON; "skip" leaves it out and
             counts it.
         name: how logs and errors call it.
+    Pictures are read when a sample is.  At the start the first and last bytes of those in up to 10,000 rows, spread
+    evenly, are looked at, each picture once in a process and only on the first rank (`data.picture_files.look_at`).
+
     Raises:
         ValueError: no file, no UTF-8, a malformed row (file, row, turn, field, what was expected), nothing left of a
-            part, a picture in both parts (only a warning where `group` is set).
+            part, no picture that can be used, a picture in both parts (only a warning where `group` is set).
     """
 
     path: str | Sequence[str]
@@ -292,7 +295,7 @@ class ConversationSource:
 
     def _probe_pictures(self) -> None:
         if self.pictures_have_names:
-            look_at(self.name, [*self._places_of_pictures(every=max(1, len(self._store.end) // NUM_LOOKED_AT))])
+            look_at(self.name, self._places_of_pictures(every=-(-len(self._store.end) // NUM_LOOKED_AT)))
             return
         having = []
         for sample in range(0, len(self._store.end), max(1, len(self._store.end) // NUM_PROBED)):

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data import picture_files
 from data.batch import Dialogue, Turn
-from data.decode import open_image
+from data.decode import looks_whole, open_image
 from data.language import language_of
 from data.records import Malformed
-from data.source import BadSample
+from data.source import BadSample, conversations
 from data.source.columns import ColumnSource
 from data.source.dialogue_shards import DialogueShards
 from data.source.jsonl_turns import JsonlTurns
@@ -323,6 +325,68 @@ def test_pictures_that_a_training_would_stumble_over_are_told_at_the_start(
     with pytest.raises(BadSample) as bad:
         open_image(source.read("en", 1).images[0])
     assert bad.value.reason == "DICOM file (export it as PNG)"
+
+
+def opened_files(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files looked into from now on."""
+    names: list[str] = []
+    monkeypatch.setattr(picture_files, "looks_whole", lambda path: names.append(path.name) or looks_whole(path))
+    return names
+
+
+def test_of_each_kind_some_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A picture that was cut in its middle has a header like any other; it comes after many that are missing."""
+    write_pictures(tmp_path, [f"{n}.jpg" for n in range(40)])
+    (tmp_path / "cut.jpg").write_bytes(jpeg(1, (200, 150))[:-100])
+    names = [f"{n}.jpg" for n in range(60)] + ["cut.jpg"]
+    VisualGLMJson(path=str(write_json(tmp_path / "a.jsonl", [{"img": n, "prompt": "q", "label": "a"} for n in names])))
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "21 of 61 pictures" in told and "20 no image, 1 truncated image." in told
+    assert "44.jpg (row 45): no image; cut.jpg (row 61): truncated image" in told and "45.jpg" not in told
+
+
+def test_a_picture_is_looked_at_once_and_by_the_first_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{n}.jpg" for n in range(64)]
+    write_pictures(tmp_path, names)
+    rows = [{"img": name, "prompt": f"q{n}", "label": "a"} for n in range(3) for name in names]
+    file = write_json(tmp_path / "a.jsonl", rows)
+    opened = opened_files(monkeypatch)
+    for _ in range(2):  # the second is another source: the picture's own file has not changed
+        VisualGLMJson(path=str(file))
+        assert sorted(opened) == sorted(names)
+    (tmp_path / "7.jpg").write_bytes(jpeg(1) + b"more")
+    VisualGLMJson(path=str(file))
+    assert opened[64:] == ["7.jpg"]
+    for name in names:
+        (tmp_path / name).write_bytes(jpeg(2) + b"longer")
+    logger = logging.getLogger("data")
+    logger.setLevel(logging.ERROR)  # as train.run.start has it on other ranks
+    try:
+        VisualGLMJson(path=str(file))
+    finally:
+        logger.setLevel(logging.NOTSET)
+    assert len(opened) == 66
+
+
+def test_of_many_rows_some_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{n}.jpg" for n in range(19)]
+    write_pictures(tmp_path, names)
+    monkeypatch.setattr(conversations, "NUM_LOOKED_AT", 10)
+    opened = opened_files(monkeypatch)
+    VisualGLMJson(path=str(write_json(tmp_path / "a.jsonl", [{"img": n, "prompt": "q", "label": "a"} for n in names])))
+    assert opened == names[::2]
+
+
+def test_pictures_with_more_behind_their_end_hold_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(8):
+        (tmp_path / f"{n}.jpg").write_bytes(jpeg(n) + bytes(100))
+    decoded: list[Path] = []
+    monkeypatch.setattr(picture_files, "check_whole", decoded.append)
+    monkeypatch.setattr(picture_files, "NUM_FALSE_ALARMS", 3)
+    monkeypatch.setattr(picture_files, "_false_alarms", [])
+    rows = [{"img": f"{n}.jpg", "prompt": "q", "label": "a"} for n in range(8)]
+    VisualGLMJson(path=str(write_json(tmp_path / "a.jsonl", rows)))
+    assert [path.name for path in decoded] == ["0.jpg", "1.jpg", "2.jpg"]
 
 
 def test_a_link_out_of_the_root_is_not_followed(tmp_path: Path) -> None:

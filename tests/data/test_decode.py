@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.decode import open_image, resize, to_rgb
+from data.decode import check_whole, looks_whole, open_image, resize, to_rgb
 from data.keyed import keyed_rng
 from data.source import BadSample, RawSample
 from data.transform import EvalTransform, TrainTransform, random_crop
@@ -236,3 +236,18 @@ def test_real_photographs(shared_dir: Path) -> None:
         assert found.shape == expected.shape and found.double().std() > 5
         with pytest.raises(BadSample):
             EvalTransform(64).image(photo.read_bytes()[: photo.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "AVIF"])
+def test_a_file_that_is_cut_is_found_by_its_ends(tmp_path: Path, kind: str) -> None:
+    """Headers are whole in all of them; where something stands behind the picture, decoding it has the last word."""
+    raw, file = encoded(picture(1, (200, 150)), kind), tmp_path / "a"
+    for whole in (raw, raw + b"more" * 50):
+        file.write_bytes(whole)
+        assert looks_whole(file) or len(whole) > len(raw)
+        check_whole(file)
+    for cut in (raw[: len(raw) // 2], raw[:-100]):
+        file.write_bytes(cut)
+        with pytest.raises(BadSample):
+            assert not looks_whole(file)
+            check_whole(file)

@@ -21,7 +21,7 @@ QUICK = ["train.steps=2", "train.eval_every=2", "model.llm.steps=4", "model.visi
 
 
 def chest(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """Chinese names with spaces, 16-bit greyscale, a DICOM file, a missing picture, an empty answer, half a line."""
+    """Chinese names with spaces, 16-bit greyscale, a DICOM file, a missing picture and half of one, an empty answer, half a line."""
     (folder / "影像 2024").mkdir(parents=True)
     generator = np.random.default_rng(0)
     rows = []
@@ -32,6 +32,8 @@ def chest(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
             {"img": name, "prompt": "这张片子显示了什么？", "label": "双肺未见实变。", "patient_id": number // 2}
         )
     (folder / "IM0001").write_bytes(bytes(128) + b"DICM" + bytes(100))
+    half = folder / rows[9]["img"]
+    half.write_bytes(half.read_bytes()[:2000])
     rows[3]["img"], rows[5]["img"], rows[7]["label"] = "IM0001", "missing.png", ""
     file = folder / "reports.jsonl"
     file.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + '\n{"img": "cut', "utf-8")
@@ -42,7 +44,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_learned(tmp_path: Path) ->
     file, _ = chest(tmp_path)
     settings = {"path": file, "image_root": tmp_path, "group": "patient_id"}
     own = [f"data.source.mine.{key}={value}" for key, value in settings.items()]
-    words = ["experiment=finetune/try_out", *own, *QUICK, f"run.dir={tmp_path / 'run'}", "data.max_skip_rate=0.2"]
+    words = ["experiment=finetune/try_out", *own, *QUICK, f"run.dir={tmp_path / 'run'}", "data.max_skip_rate=0.4"]
     with pytest.raises(ValueError, match="row 8: field 'label': .* not empty.*: data.source.<name>.malformed=skip"):
         build_sources(compose("finetune", words))
     command = [sys.executable, "finetune.py", *words, "data.source.mine.malformed=skip"]
@@ -52,6 +54,7 @@ def test_what_cannot_be_used_is_named_and_the_rest_is_learned(tmp_path: Path) ->
     told = [line for line in done.stderr.splitlines() if "pictures looked at" in line]
     assert any("IM0001 (row 4): DICOM file (export it as PNG)" in line for line in told)
     assert any("missing.png (row 6): no image" in line for line in told)
+    assert any("第9张.png (row 10): truncated image" in line for line in told)
     assert "held_out/zh/normalised_match" in done.stdout and (tmp_path / "run/adapter/adapter_config.json").is_file()
 
 
