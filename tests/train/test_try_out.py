@@ -21,7 +21,7 @@ QUICK = ["train.steps=2", "train.eval_every=2", "model.llm.steps=4", "model.visi
 
 
 def chest(folder: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """Chinese names with spaces, 16-bit greyscale, a DICOM file, a missing picture and half of one, an empty answer, half a line."""
+    """Chinese names, 16-bit greyscale, a DICOM file, a missing picture, half of one, an empty answer, half a line."""
     (folder / "影像 2024").mkdir(parents=True)
     generator = np.random.default_rng(0)
     rows = []
