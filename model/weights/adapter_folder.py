@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -100,15 +101,15 @@ def load(model: VisualChatModel, folder: Path) -> LoadReport:
 
 
 def check(llm: LanguageModel, folder: Path) -> None:
-    """What can be known of a saved adapter before there is a model to put it on.
+    """Whether training can go on from a saved adapter, as far as that is known before there is a model to put it on.
 
     Raises:
-        ValueError: see `load`.
+        ValueError: see `load`; more in it than `save` has a place for.
     """
     about = read_about(folder)
     _check_kind(llm, about, folder)
     for place in about["adapters"].values():
-        read_peft(folder / place)
+        _require_lora_alone(read_peft(folder / place)[0], folder / place)
     if about.get("trained"):
         open_file(folder / about["trained"]["file"])
 
@@ -128,7 +129,13 @@ def read_about(folder: Path) -> dict[str, Any]:
     Raises ValueError: neither is there, or the file is damaged.
     """
     if (folder / ABOUT).is_file():
-        return read_json(folder / ABOUT)
+        about = read_json(folder / ABOUT)
+        parts, trained = about["adapters"], about.get("trained")
+        if not (isinstance(parts, dict) and all(isinstance(place, str) for place in parts.values())):
+            raise ValueError(f"{folder / ABOUT}: adapters is {parts!r}; parts with their folders were expected")
+        if trained and not (isinstance(trained, dict) and isinstance(trained.get("file"), str)):
+            raise ValueError(f"{folder / ABOUT}: trained is {trained!r}; {{'file': ...}} was expected")
+        return about
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{folder} holds no adapter: there is neither {ABOUT} nor {CONFIG}")
     return {"adapters": {"llm": "."}}
@@ -164,6 +171,13 @@ def read_config(place: Path) -> Any:
     except (TypeError, ValueError) as error:
         raise ValueError(f"peft does not read {place / CONFIG} ({error})") from error
     config.rank_pattern, config.alpha_pattern = config.rank_pattern or {}, config.alpha_pattern or {}
+    wrong = {} if _is_number(config.lora_alpha) else {"lora_alpha": "a number was expected"}
+    for key in ("rank_pattern", "alpha_pattern"):
+        pattern = getattr(config, key)
+        if not (isinstance(pattern, dict) and all(map(_is_number, pattern.values()))):
+            wrong[key] = "names with numbers were expected"
+    for key, expected in wrong.items():
+        raise ValueError(f"{place / CONFIG}: {key} is {getattr(config, key)!r}; {expected}")
     return config
 
 
@@ -278,6 +292,18 @@ def _load_peft(model: VisualChatModel, part: str, place: Path, report: LoadRepor
     report.loaded |= {f"{part}: {name}": tensor.numel() for name, tensor in tensors.items()}
 
 
+def _require_lora_alone(config: Any, place: Path) -> None:
+    """peft can train more beside its matrices, which chat reads."""
+    kinds = {
+        "biases": config.bias != "none",
+        f"whole modules {config.modules_to_save}": config.modules_to_save,
+        f"parameters {getattr(config, 'target_parameters', None)}": getattr(config, "target_parameters", None),
+    }
+    for what, is_there in kinds.items():
+        if is_there:
+            raise ValueError(f"{place} trains {what} too: training goes on from LoRA's matrices alone (chat reads it)")
+
+
 def _require_equal_scale(own: Any, config: Any, part: str, place: Path) -> None:
     """Equal matrices add something else where alpha, rank or their use differ."""
     for key in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"):
@@ -289,21 +315,29 @@ def _require_equal_scale(own: Any, config: Any, part: str, place: Path) -> None:
 
 
 def _require_fit(model: VisualChatModel, part: str, place: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    from peft.utils import get_peft_model_state_dict
-
-    root = _root(model, part, adapted(model)[part])
-    matrices = {name: p for name, p in root.named_parameters() if ".lora_A." in name or ".lora_B." in name}
-    own = get_peft_model_state_dict(root, matrices, NAME, save_embedding_layers=False)
-    there = {name.removeprefix(_PEFT): shape for name, shape in shapes.items() if "lora_magnitude" not in name}
+    """Of matrices alone: peft itself knows what else there can be."""
+    own = {
+        name.replace(f".{NAME}.", "."): tuple(parameter.shape)
+        for name, parameter in _root(model, part, adapted(model)[part]).named_parameters()
+        if _is_matrix(name)
+    }
+    there = {name.removeprefix(_PEFT): shape for name, shape in shapes.items() if _is_matrix(name)}
     missing, unknown = (sorted(set(a) - set(b)) for a, b in ((own, there), (there, own)))
     if missing or unknown:
         raise ValueError(_misfit(place, part, missing, unknown))
-    for name, parameter in own.items():
-        if tuple(parameter.shape) != there[name]:
+    for name, shape in own.items():
+        if there[name] != shape:
             raise ValueError(
-                f"{place} does not fit this model's {part}: {name} is {list(there[name])}; "
-                f"{list(parameter.shape)} was expected"
+                f"{place} does not fit this model's {part}: {name} is {list(there[name])}; {list(shape)} was expected"
             )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_matrix(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
 
 
 def _misfit(place: Path, part: str, missing: list[str], unknown: list[str]) -> str:

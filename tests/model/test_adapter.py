@@ -274,6 +274,26 @@ WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
         (SETTINGS, lambda content: content.replace(b'"r": 2', b'"r": 0'), f"peft does not read .*{SETTINGS} .r is 0"),
         (
             SETTINGS,
+            lambda content: content.replace(b'"lora_alpha": 4', b'"lora_alpha": "4"'),
+            "lora_alpha is '4'; a numb",
+        ),
+        (
+            SETTINGS,
+            lambda content: content.replace(b'"lora_alpha": 4', b'"lora_alpha": NaN'),
+            "lora_alpha is nan; a numb",
+        ),
+        (
+            SETTINGS,
+            lambda content: content.replace(b'"rank_pattern": {}', b'"rank_pattern": [1]'),
+            r"rank_pattern is \[1\]",
+        ),
+        (
+            SETTINGS,
+            lambda content: content.replace(b'"alpha_pattern": {}', b'"alpha_pattern": {"dense": null}'),
+            "alpha_pattern is {'dense': None}; names with numbers",
+        ),
+        (
+            SETTINGS,
             lambda content: content.replace(b'"layers_pattern": null', b'"layers_pattern": "layers"'),
             f"peft does not read .*{SETTINGS}",
         ),
@@ -302,6 +322,13 @@ def test_what_trained_beside_it_and_is_damaged_is_told(pieces: Path, tmp_path: P
     for name, content, expected in (
         ("queqiao.json", b"{", "queqiao.json is no readable JSON"),
         ("queqiao.json", b"{}", "queqiao.json has no adapters"),
+        (
+            "queqiao.json",
+            b'{"adapters": ["llm"]}',
+            "queqiao.json: adapters is .*; parts with their folders were expected",
+        ),
+        ("queqiao.json", b'{"adapters": {"llm": 3}}', "queqiao.json: adapters is {'llm': 3}; parts"),
+        ("queqiao.json", b'{"adapters": {}, "trained": 3}', "queqiao.json: trained is 3; {'file': ...} was expected"),
         ("trained.safetensors", b"short", "trained.safetensors is no readable safetensors file"),
         ("trained.safetensors", None, "no checkpoint at .*trained.safetensors"),
     ):

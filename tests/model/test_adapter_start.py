@@ -161,6 +161,34 @@ def test_tensors_that_do_not_fit_are_told_before_weights_are_asked_for(
         stage_two(pieces, f"model.adapter.start={folder}")
 
 
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"bias": "lora_only"}, "trains biases"),
+        ({"modules_to_save": ["lm_head"]}, r"trains whole modules \['lm_head'\]"),
+        ({}, None),
+    ],
+)
+def test_chat_reads_what_peft_alone_made_and_training_goes_on_from_lora_alone(
+    pieces: Path, tmp_path: Path, more: dict[str, Any], expected: str | None
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    theirs = chat(pieces, train_qformer=False, train_projection=False)
+    wrapped = get_peft_model(theirs.llm.network, LoraConfig(r=2, target_modules=["dense"], **more))  # type: ignore[arg-type]
+    learnt(theirs)
+    wrapped.save_pretrained(tmp_path)
+    model = chat(pieces)
+    adapter_folder.load(model, tmp_path)
+    torch.testing.assert_close(logits(model), logits(theirs), atol=1e-5, rtol=1e-5)
+    start = Lora(start=str(tmp_path))
+    if expected is None:
+        start.check(chat(pieces).llm)
+        return
+    with pytest.raises(ValueError, match=f"{tmp_path} {expected}"):
+        start.check(chat(pieces).llm)
+
+
 def test_an_adapter_of_another_family_is_told_before_weights_are_asked_for(pieces: Path, tmp_path: Path) -> None:
     folder, _ = folder_of(pieces, tmp_path / "adapter", Lora(rank=2))
     about = json.loads((folder / "queqiao.json").read_text())
