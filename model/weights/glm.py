@@ -19,7 +19,7 @@ from model.llm.glm import glm_config, tie
 from model.weights import writing
 from model.weights.checkpoint import Checkpoint, from_tensors, open_folder, read_config
 from model.weights.filling import LoadReport, Part, fill
-from model.weights.names import check_depth, check_equal, check_whole
+from model.weights.names import check_depth, check_equal, check_whole, positive, whole_number
 from model.weights.visualglm import LANGUAGE_MODEL
 
 Family = Literal["chatglm2", "chatglm3", "glm4"]
@@ -27,6 +27,26 @@ Layout = Literal["transformers", "original"]
 ROTARY_BASE = 10000.0
 COMES_ALONG = ("tokenizer.model", "tokenizer.json", "LICENSE*", "MODEL_LICENSE*")
 LAYERS = {"original": "transformer.encoder.layers.", "transformers": "model.layers."}
+_SIZES: Mapping[Layout, Mapping[str, str]] = {  # ours -> the key of config.json
+    "original": {
+        "hidden_size": "hidden_size",
+        "num_layers": "num_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "multi_query_group_num",
+        "head_size": "kv_channels",
+        "inner_size": "ffn_hidden_size",
+        "vocab_size": "padded_vocab_size",
+    },
+    "transformers": {
+        "hidden_size": "hidden_size",
+        "num_layers": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "num_kv_heads": "num_key_value_heads",
+        "head_size": "head_dim",
+        "inner_size": "intermediate_size",
+        "vocab_size": "vocab_size",
+    },
+}
 _MUST_BE = {  # of the original config.json: what transformers' GLM computes, and no shape shows
     "rmsnorm": True,
     "post_layer_norm": True,
@@ -52,7 +72,8 @@ def sizes(config: Mapping[str, Any], family: Family | None = None) -> dict[str, 
         family: asked for where the original says a rope_ratio: ChatGLM2 divides positions by it, the others multiply
             the base with it.
     Raises:
-        ValueError: another model, or one that transformers' GLM does not compute, by name.
+        ValueError: another model, or one that transformers' GLM does not compute, by name; a key that is missing, or
+            whose value cannot be, with the file.
     """
     if config.get("model_type") == "glm":
         return _transformers_sizes(config)
@@ -73,14 +94,8 @@ def sizes(config: Mapping[str, Any], family: Family | None = None) -> dict[str, 
         raise ValueError(f"config.json has rope_ratio={ratio:g}: chatglm2 or chatglm3 and glm4 mean other things by it")
     interpolates = family == "chatglm2"
     return {
-        "hidden_size": config["hidden_size"],
-        "num_layers": config["num_layers"],
-        "num_heads": config["num_attention_heads"],
-        "num_kv_heads": config["multi_query_group_num"],
-        "head_size": config["kv_channels"],
-        "inner_size": config["ffn_hidden_size"],
-        "vocab_size": config["padded_vocab_size"],
-        "norm_eps": config["layernorm_epsilon"],
+        **{ours: whole_number(config, key) for ours, key in _SIZES["original"].items()},
+        "norm_eps": positive(config, "layernorm_epsilon"),
         "qkv_bias": config.get("add_qkv_bias", False),
         "rope_base": ROTARY_BASE * (1.0 if interpolates else ratio),
         "rope_interpolation": ratio if interpolates else 1.0,
@@ -311,14 +326,8 @@ def _transformers_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
     if partial != 0.5 or kind not in ("default", "linear"):
         raise ValueError(f"config.json has rotary positions of type {kind!r} on {partial:g} of a head, not on half")
     return {
-        "hidden_size": config["hidden_size"],
-        "num_layers": config["num_hidden_layers"],
-        "num_heads": config["num_attention_heads"],
-        "num_kv_heads": config["num_key_value_heads"],
-        "head_size": config["head_dim"],
-        "inner_size": config["intermediate_size"],
-        "vocab_size": config["vocab_size"],
-        "norm_eps": config["rms_norm_eps"],
+        **{ours: whole_number(config, key) for ours, key in _SIZES["transformers"].items()},
+        "norm_eps": positive(config, "rms_norm_eps"),
         "qkv_bias": config.get("attention_bias", True),
         "rope_base": rope.get("rope_theta", config.get("rope_theta", ROTARY_BASE)),
         "rope_interpolation": rope.get("factor", 1.0),

@@ -305,6 +305,9 @@ def refused(tmp_path: Path, config: dict[str, Any], tensors: dict[str, Tensor], 
         ({"quantization_bit": 4}, "quantised to 4 bits"),
         ({"model_type": "llama"}, "of type 'llama'"),
         ({"multi_query_group_num": None, "model_type": "glm4"}, "of type 'glm4'"),
+        ({"num_layers": "3"}, "in/config.json has num_layers '3': expected a whole number"),
+        ({"multi_query_group_num": 0}, "in/config.json has multi_query_group_num 0: expected a whole number"),
+        ({"layernorm_epsilon": None}, "in/config.json has layernorm_epsilon None: expected a number above 0"),
     ],
 )
 def test_what_no_shape_shows_is_compared(tmp_path: Path, change: dict[str, Any], expected: str) -> None:
