@@ -130,6 +130,8 @@ class _Checker:
             for name, node in value.items():
                 if name not in groups:
                     yield self.unknown((*path, name), groups)
+                elif node is None:
+                    yield f"{'.'.join((*path, name))} is null ({self.places.of((*path, name))}): a run needs one"
                 else:
                     yield from self.free(node, "target", (*path, name))
         elif rule in ("target", "targets") and "_target_" in value:

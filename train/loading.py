@@ -35,9 +35,14 @@ def build_evaluators(config: DictConfig, codec: Any) -> list[Any]:
 
 
 def build_sources(config: DictConfig) -> dict[str, Any]:
-    """By name; `data.source` may be one source too, and one that is set to null is left out."""
+    """By name; `data.source` may be one source too, and one that is set to null is left out.
+
+    Raises ValueError where none is left.
+    """
     nodes = config.data.source
     named = {"source": nodes} if "_target_" in nodes else nodes
+    if all(node is None for node in named.values()):
+        raise ValueError("data.source has no source: choose one, data/source=... (--help lists them)")
     return {name: build(node) for name, node in named.items() if node is not None}
 
 

@@ -121,6 +121,7 @@ def test_mistyped_key_in_a_file(tmp_path: Path, file: str, right: str, wrong: st
         ("model.qformer.dropout=1.5", "expected below 1"),
         ("model.image_text.temperature=0", "expected above 0"),
         ("model.image_text.embed_dim=0", "expected at least 1"),
+        ("model.vision=null", r"model\.vision is null \(on the command line: model\.vision=null\): a run needs one"),
         (
             "data.mixture.sources=mine",
             r"sources=mine \(on the command.*: expected names with values.*quotes.*{mine: 1, ",

@@ -15,7 +15,7 @@ from tests.model.llm_common import small_chatglm, train_pieces
 from train import pretrain
 from train.config import compose
 from train.distributed import Ranks
-from train.loading import build_evaluators, check_image_sizes
+from train.loading import build_evaluators, build_sources, check_image_sizes
 
 RUN = SimpleNamespace(device=torch.device("cpu"), ranks=Ranks.alone(), say=lambda text: None)
 ABSENT = "/nowhere/weights"
@@ -107,6 +107,12 @@ def test_sizes_of_evaluators_and_of_a_folder_are_compared_too(tmp_path: Path) ->
         check_image_sizes(compose("pretrain", [*words, "model.vision.image_size=32"]))
     defaults = ["model/vision=eva_vit_g", "~model.vision.image_size", "data.transform.image_size=224"]
     check_image_sizes(compose("pretrain", ["experiment=smoke", *defaults]))
+
+
+def test_a_run_without_a_source_is_told_how_to_choose_one() -> None:
+    config = compose("pretrain", ["experiment=smoke", "data.source.scenes=null"])
+    with pytest.raises(ValueError, match=r"data\.source has no source: choose one, data/source=\.\.\."):
+        build_sources(config)
 
 
 def test_an_evaluator_set_to_null_is_none_in_stage_one_too() -> None:
