@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from model.weights.checkpoint import Checkpoint, require_finite
+from model.weights.names import divides, whole_number
 from model.weights.rows import head_by_head
 
 _PAIR = re.compile(r"transformer\.layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.(\d+)")
@@ -52,11 +53,12 @@ def read(
         file: where the tensors are, for messages.
     Raises:
         ValueError: no LoRA; a part of a pair missing, of another shape or rank than the others, or not finite; a pair
-            that is none of query's, key's, value's and dense's.
+            that is none of query's, key's, value's and dense's; a config whose numbers cannot be.
     """
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha}; it has to be a number above 0")
-    found = _pairs(tensors, config["num_layers"], file)
+    width, num_heads = whole_number(config, "hidden_size"), divides(config, "num_attention_heads", "hidden_size")
+    found = _pairs(tensors, whole_number(config, "num_layers"), file)
     rank = _common_rank(found)
     out: dict[str, Tensor] = {}
     for (layer, target), pair in sorted(found.items()):
@@ -67,11 +69,11 @@ def read(
         place = f"transformer.layers.{layer}.attention.{target}"
         for part, tensor in pair.items():
             name = f"{place}.matrix_{part[0]}.{part[1:]}"
-            _require_shape(tensor, name, part[0], rank, config["hidden_size"], file)
+            _require_shape(tensor, name, part[0], rank, width, file)
         a, b = ([pair[kind + part] for part in parts] for kind in "AB")
         up = torch.block_diag(*b)
         if len(parts) == 3:
-            up = head_by_head(up, config["num_attention_heads"])
+            up = head_by_head(up, num_heads)
         out[f"base_model.model.{place}.lora_A.weight"] = torch.cat(a).contiguous()
         out[f"base_model.model.{place}.lora_B.weight"] = up.contiguous()
     return Adapter(out, rank, tuple(sorted({layer for layer, _ in found})), alpha)

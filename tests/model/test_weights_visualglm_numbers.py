@@ -16,10 +16,11 @@ from model.load import load
 from model.qformer import QFormer
 from model.vision.encoder import eva_vit, vision_from_folder
 from model.visual_chat import VisualChatModel
-from model.weights import chatglm_folder, sat, stage_two, visualglm_convert, writing
+from model.weights import chatglm_folder, sat, sat_lora, stage_two, visualglm_convert, writing
 from model.weights.checkpoint import from_tensors
 from tests.model.glm_common import small_glm, train_sentencepieces
 from tests.model.llm_common import codec_of, small_chatglm, train_pieces
+from tests.model.test_sat_lora import lora_tensors
 from tests.model.test_weights_sat import CONFIG, HF_CONFIG, chat_model, equal
 from tests.model.weights_common import QFORMER, VISION
 
@@ -192,3 +193,14 @@ def test_a_value_that_cannot_be_is_named(
         with pytest.raises(ValueError) as caught:
             read()
         assert f"{tmp_path / file}{'' if expected[0] == ',' else ' '}{expected}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("num_layers", "3"), ("num_attention_heads", 0), ("num_attention_heads", 5), ("hidden_size", None)],
+)
+def test_of_a_checkpoint_with_a_lora_too(tmp_path: Path, key: str, value: Any) -> None:
+    file = tmp_path / "model_config.json"
+    file.write_text(json.dumps({**CONFIG, "inner_hidden_size": 48, key: value}))
+    with pytest.raises(ValueError, match=f"{file} has {key} {value!r}"):
+        sat_lora.read(lora_tensors(), sat.read_config(tmp_path))
