@@ -135,6 +135,9 @@ def _run(path: Path, how: _How, checkpoint: str, *, keep_adapter: bool) -> Visua
     as_trained = how.bits is None and not is_merged and keep_adapter
     if is_merged or not keep_adapter:
         nodes["adapter"] = {"_target_": "model.adapter.NoAdapter"}
+    own = path / "adapter"
+    if nodes["adapter"].get("start") and (own / "adapter_config.json").is_file():
+        nodes["adapter"]["start"] = str(own)  # of the same shapes; what the run went on from may be gone
     absent = {key: place for key in STANDS_IN if (place := nodes["weights"].get(key)) and not Path(place).exists()}
     nodes["weights"] = {**nodes["weights"], **dict.fromkeys(absent)}
     trained = open_file(path / TRAINED if is_merged else ours.find(path, checkpoint)).without_prefix("model.")

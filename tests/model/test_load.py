@@ -212,6 +212,17 @@ def test_another_adapter_takes_the_place_of_the_runs_own(pieces: Path, tmp_path:
     assert (logits(changed) - expected).abs().max() > 0.1
 
 
+def test_a_run_that_went_on_from_an_adapter_does_without_it(pieces: Path, tmp_path: Path) -> None:
+    run, expected = run_folder(pieces, tmp_path)
+    config = OmegaConf.load(run / "config.yaml")
+    OmegaConf.update(config, "model.adapter.start", str(tmp_path / "gone"), force_add=True)
+    OmegaConf.save(config, run / "config.yaml")
+    torch.testing.assert_close(logits(load(run)), expected, atol=1e-5, rtol=1e-5)
+    shutil.rmtree(run / "adapter")  # of a run that did not come to its end
+    with pytest.raises(ValueError, match="gone holds no adapter"):
+        load(run)
+
+
 def test_a_merged_language_model_with_the_runs_config(pieces: Path, tmp_path: Path) -> None:
     from scripts.merge_adapter import merge, parser
 
